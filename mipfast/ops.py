@@ -1,0 +1,209 @@
+"""The public ops: input checks, torch.library registration, the only door to the Triton kernels and to `_C`.
+
+Shapes and formulas are in `mipfast.reference`, whose signatures these functions share. Every function raises
+InputError for tensors that do not fit together.
+"""
+
+import torch
+from torch import Tensor
+
+from mipfast import reference
+from mipfast.backend import KERNEL_DTYPES, backend, choose, load_extension
+from mipfast.errors import InputError
+
+__all__ = [
+    "backend",
+    "misdirection_loss",
+    "project_accumulate",
+    "riemann_accumulate",
+    "riemann_interpolate",
+    "riemann_project",
+]
+
+
+def _check(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None):
+    """Floating point, `shape` (None = any size) and, with `like`, on its device."""
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+        expected = ", ".join("any" if want is None else str(want) for want in shape)
+        raise InputError(f"{op}: {name} has shape {list(found)}, expected [{expected}]")
+    if not tensor.dtype.is_floating_point:
+        raise InputError(f"{op}: {name} is {tensor.dtype}, expected a floating-point tensor")
+    if like is not None and tensor.device != like.device:
+        raise InputError(f"{op}: {name} is on {tensor.device}, expected {like.device}; move it there")
+
+
+def _check_neurons(op: str, neurons: Tensor, act: Tensor) -> None:
+    if neurons.dim() != 2 or neurons.shape[0] != act.shape[0]:
+        raise InputError(f"{op}: neurons has shape {list(neurons.shape)}, expected [{act.shape[0]}, k]")
+    if neurons.dtype != torch.int64 or neurons.device != act.device:
+        found = f"{neurons.dtype} on {neurons.device}"
+        raise InputError(f"{op}: neurons is {found}, expected torch.int64 on {act.device}; convert it")
+    # on a GPU a look at the values would stall the stream: there scatter's own assert finds the bad index
+    if neurons.device.type == "cpu" and neurons.numel() and int(neurons.max()) >= act.shape[1]:
+        raise InputError(f"{op}: neurons names {int(neurons.max())}, expected below {act.shape[1]}")
+
+
+def _check_groups(op: str, groups: int | None, rows: int) -> None:
+    if groups is not None and (groups < 1 or rows % groups):
+        raise InputError(f"{op}: groups={groups} does not divide the {rows} rows into equal groups")
+
+
+def riemann_interpolate(act: Tensor, alphas: Tensor, neurons: Tensor | None = None) -> Tensor:
+    """out[k, r, j] = alphas[k] * act[r, j]: act [R, F], alphas [m] -> [m, R, F] of act's dtype.
+
+    With neurons [R, k] int64 only these entries of each row are multiplied (-1: none). Differentiable.
+    """
+    _check("riemann_interpolate", "act", act, (None, None))
+    _check("riemann_interpolate", "alphas", alphas, (None,), like=act)
+    if neurons is not None:
+        _check_neurons("riemann_interpolate", neurons, act)
+    return reference.riemann_interpolate(act, alphas, neurons)
+
+
+def riemann_accumulate(
+    grad: Tensor, weights: Tensor, *, act: Tensor | None = None, groups: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """s1 = sum_k w_k g_k (times act), s2 = sum_k w_k g_k^2, in one pass over the gradient.
+
+    grad [m, R, F], any strides; weights [m]; act [R, F] or None; groups=G sums R = G * P rows within each
+    group. Returns s1, s2 [G, F] (groups=None: [R, F]), float32 (float64 for a float64 grad). Differentiable
+    once in grad and act. Backends: reference, triton, cpp. The same input gives the same bits on every run.
+    """
+    op = "riemann_accumulate"
+    _check(op, "grad", grad, (None, None, None))
+    steps, rows, neurons = grad.shape
+    _check(op, "weights", weights, (steps,), like=grad)
+    if act is not None:
+        _check(op, "act", act, (rows, neurons), like=grad)
+    _check_groups(op, groups, rows)
+    return _riemann_accumulate(grad, weights, act, groups)
+
+
+@torch.library.custom_op(
+    "mipfast::riemann_accumulate",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor weights, Tensor? act, int? groups) -> (Tensor, Tensor)",
+)
+def _riemann_accumulate(grad, weights, act, groups):
+    name = choose(grad)
+    if name == "reference" or grad.numel() == 0:
+        return reference.riemann_accumulate(grad, weights, act=act, groups=groups)
+    weights = weights.to(torch.float32).contiguous()
+    if act is not None and act.dtype not in KERNEL_DTYPES:
+        act = act.to(torch.float32)
+    num_groups = grad.shape[1] if groups is None else groups
+    if name == "triton":
+        from mipfast_kernels.riemann_accumulate import riemann_accumulate as launch
+
+        return launch(grad, weights, act, num_groups)
+    return _riemann_accumulate_cpp(grad, weights, act, num_groups)
+
+
+def _riemann_accumulate_cpp(grad, weights, act, groups):
+    extension = load_extension()
+    grad = grad.contiguous()
+    act = None if act is None else act.contiguous()
+    steps, rows, neurons = grad.shape
+    s1 = torch.empty(groups, neurons, dtype=torch.float32)
+    s2 = torch.empty_like(s1)
+    dtypes = {
+        torch.float32: extension.Dtype.float32,
+        torch.bfloat16: extension.Dtype.bfloat16,
+        torch.float16: extension.Dtype.float16,
+    }
+    extension.riemann_accumulate(
+        grad=grad.data_ptr(),
+        grad_dtype=dtypes[grad.dtype],
+        weights=weights.data_ptr(),
+        act=0 if act is None else act.data_ptr(),
+        act_dtype=dtypes[grad.dtype if act is None else act.dtype],
+        s1=s1.data_ptr(),
+        s2=s2.data_ptr(),
+        steps=steps,
+        groups=groups,
+        rows_per_group=rows // groups,
+        neurons=neurons,
+    )
+    return s1, s2
+
+
+@_riemann_accumulate.register_fake
+def _(grad, weights, act, groups):
+    rows = grad.shape[1] if groups is None else groups
+    s1 = grad.new_empty(rows, grad.shape[2], dtype=reference.accumulator_dtype(grad.dtype))
+    return s1, torch.empty_like(s1)
+
+
+def _setup_context(ctx, inputs, output):
+    grad, weights, act, ctx.groups = inputs
+    ctx.save_for_backward(grad, weights, act)
+
+
+def _backward(ctx, d_s1, d_s2):
+    grad, weights, act = ctx.saved_tensors
+    if ctx.groups is not None:
+        rows_per_group = grad.shape[1] // ctx.groups
+        d_s1 = d_s1.repeat_interleave(rows_per_group, 0)
+        d_s2 = d_s2.repeat_interleave(rows_per_group, 0)
+    w = weights.to(d_s1.dtype)[:, None, None]
+    g = grad.to(d_s1.dtype)
+    d_grad = w * ((d_s1 if act is None else d_s1 * act) + 2 * g * d_s2)
+    d_act = None
+    if act is not None and ctx.needs_input_grad[2]:
+        d_act = (d_s1 * (w * g).sum(0)).to(act.dtype)
+    return d_grad.to(grad.dtype), None, d_act, None
+
+
+_riemann_accumulate.register_autograd(_backward, setup_context=_setup_context)
+
+
+def project_accumulate(
+    grad_out: Tensor, weight: Tensor, weights: Tensor, *, act: Tensor | None = None, groups: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`riemann_accumulate(grad_out @ weight, weights, ...)` without writing that [m, R, F] gradient.
+
+    grad_out [m, R, H]; weight [H, F]; weights [m]; act [R, F] or None; groups and result as in
+    `riemann_accumulate`.
+    """
+    op = "project_accumulate"
+    _check(op, "grad_out", grad_out, (None, None, None))
+    steps, rows, width = grad_out.shape
+    _check(op, "weight", weight, (width, None), like=grad_out)
+    _check(op, "weights", weights, (steps,), like=grad_out)
+    if act is not None:
+        _check(op, "act", act, (rows, weight.shape[1]), like=grad_out)
+    _check_groups(op, groups, rows)
+    return reference.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
+
+
+def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor | None = None) -> Tensor:
+    """`riemann_interpolate(act, alphas, neurons) @ weight.T`: act [R, F], weight [H, F], alphas [m] -> [m,
+    R, H].
+
+    weight has act's dtype. Differentiable.
+    """
+    op = "riemann_project"
+    _check(op, "act", act, (None, None))
+    _check(op, "weight", weight, (None, act.shape[1]), like=act)
+    _check(op, "alphas", alphas, (None,), like=act)
+    if weight.dtype != act.dtype:
+        raise InputError(f"{op}: weight is {weight.dtype}, expected act's {act.dtype}; convert one of them")
+    if neurons is not None:
+        _check_neurons(op, neurons, act)
+    return reference.riemann_project(act, weight, alphas, neurons)
+
+
+def misdirection_loss(hidden: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the rows that count of ||hidden - target||^2 / D: hidden [T, D], target [D] or [T, D] ->
+    scalar.
+
+    mask [T] is true (non-zero) where a row counts; with none the loss is 0. Differentiable in hidden and
+    target.
+    """
+    op = "misdirection_loss"
+    _check(op, "hidden", hidden, (None, None))
+    _check(op, "target", target, tuple(hidden.shape[1:] if target.dim() == 1 else hidden.shape), like=hidden)
+    if mask is not None and mask.shape != hidden.shape[:1]:
+        raise InputError(f"{op}: mask has shape {list(mask.shape)}, expected [{hidden.shape[0]}]")
+    return reference.misdirection_loss(hidden, target, mask)
