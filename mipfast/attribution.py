@@ -1,0 +1,300 @@
+"""Integrated gradients of FFN neurons along a greedy path through the layers: IGI for text, IFI for vision.
+
+MIP-Editor (arXiv 2511.06793) sections 3.1-3.2; where its released code differs from the definitions here, the definitions
+are the ones with a completeness theorem.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from mipfast import ops
+from mipfast._version import __version__
+from mipfast.capture import Capture, capture
+from mipfast.errors import DivergedError, InputError
+from mipfast.files import load_artefact, save_artefact
+from mipfast.positions import Batch, Labels, Positions
+from mipfast.quadrature import quadrature
+from mipfast.replay import Replay
+from mipfast.sites import Sites, Stack, find_sites
+
+log = logging.getLogger("mipfast")
+
+# What a modality means where the config leaves it open: score, positions, method, n_steps.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {"score": "igi", "positions": "last_prompt", "method": "gausslegendre", "n_steps": 4},
+    "vision": {"score": "ifi", "positions": "all", "method": "gaussradau", "n_steps": 2},
+}
+OBJECTIVES = ("logprob", "prob", "log_odds", "loss")
+
+
+@dataclass(frozen=True)
+class LocateConfig:
+    """How neurons are scored.
+
+    modality: which tower. score: igi (integrated gradient) or ifi (integrated squared gradient); None, like positions,
+    n_steps and method, takes the modality's default: text igi, last_prompt, 4 nodes of gausslegendre; vision ifi, all
+    patches, 2 nodes of gaussradau. top_k: neurons the path keeps per layer. search: greedy (the path's earlier neurons
+    are scaled too) or pointwise (no path). objective: logprob, prob, log_odds (larger supports the answer) or loss.
+    stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may keep, or
+    "auto": all steps at once, halved on out-of-memory. progress: a bar over batches.
+    """
+
+    modality: Literal["text", "vision"] = "text"
+    score: Literal["igi", "ifi"] | None = None
+    positions: Positions | None = None
+    n_steps: int | None = None
+    method: str | None = None
+    top_k: int = 5
+    search: Literal["greedy", "pointwise"] = "greedy"
+    combine: Literal["sum"] = "sum"
+    objective: Literal["logprob", "prob", "log_odds", "loss"] = "logprob"
+    stack: str | None = None
+    memory_budget: int | Literal["auto"] = "auto"
+    progress: bool = False
+
+    def resolved(self) -> LocateConfig:
+        """The same with the modality's defaults filled in. Raises InputError for a value that is not one of the above."""
+        choices = {
+            "modality": tuple(DEFAULTS),
+            "score": (None, "igi", "ifi"),
+            "search": ("greedy", "pointwise"),
+            "combine": ("sum",),
+            "objective": OBJECTIVES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
+        if self.memory_budget != "auto" and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
+            raise InputError(f"memory_budget={self.memory_budget!r}; expected 'auto' or a number of bytes")
+        open_fields = {k: v for k, v in DEFAULTS[self.modality].items() if getattr(self, k) is None}
+        return replace(self, **open_fields)
+
+
+@dataclass(eq=False)
+class Attribution:
+    """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, sign of the
+    objective, completeness residuals [n][L], layers without gradient, labels per sample, stack, fingerprint, versions."""
+
+    scores: torch.Tensor
+    path: torch.Tensor
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write attribution.safetensors and attribution.json."""
+        save_artefact(folder, "attribution", {"scores": self.scores, "path": self.path}, self.report)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Attribution:
+        """Raises ArtefactError for a missing or damaged file."""
+        tensors, report = load_artefact(folder, "attribution")
+        return cls(tensors["scores"], tensors["path"], report)
+
+
+def locate(
+    model: nn.Module, batch: Batch | Iterable[Batch], config: LocateConfig | None = None, **overrides: Any
+) -> Attribution:
+    """Score every FFN neuron of one tower for every sample, and follow the influential path.
+
+    batch: what model(**batch) takes, with labels [n,S] (-100 = not scored), or an iterable of such. overrides: fields of
+    LocateConfig. The model is left as it was found.
+
+    IGI: score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj. IFI: sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the clean
+    activations stand at the chosen positions with the path's entries times alpha_k; in layer l alpha_k times all.
+
+    Raises InputError, ModelError or DivergedError (see `mipfast.errors`).
+    """
+    try:
+        config = replace(config or LocateConfig(), **overrides).resolved()
+    except TypeError as error:
+        raise InputError(f"{error}; LocateConfig has {', '.join(LocateConfig.__dataclass_fields__)}") from error
+    nodes, weights = quadrature(config.method, config.n_steps)
+    sites = find_sites(model)
+    stack = _choose_stack(sites, config)
+    if not 1 <= config.top_k <= stack.num_neurons:
+        raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
+    batches = [batch] if isinstance(batch, Mapping) else batch
+    with _frozen(model):
+        parts = [
+            _with_memory(model, stack, one, config, nodes, weights)
+            for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress)
+        ]
+    if not parts:
+        raise InputError("no batch to locate on: the iterable was empty")
+    scores, paths, residuals, counts, dead = zip(*parts, strict=True)
+    return Attribution(
+        torch.cat(scores),
+        torch.cat(paths),
+        {
+            "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
+            "stack": stack.name,
+            "fingerprint": sites.fingerprint(),
+            "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
+            "residuals": torch.cat(residuals).tolist(),
+            "num_labels": torch.cat(counts).tolist(),
+            "layers_without_gradient": sorted(set().union(*dead)),
+            "seed": None,  # nothing here is drawn at random
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything a number may depend on."""
+    found = {"python": sys.version.split()[0], "mipfast": __version__, "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        found["transformers"] = sys.modules["transformers"].__version__
+    return found
+
+
+def objective_value(logits: torch.Tensor, labels: Labels, objective: str) -> torch.Tensor:
+    """F of every row: logits [m·n,q,V] at the label positions -> [m·n], in float32 or float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    copies = len(logits) // labels.num_samples
+    target = labels.target.to(logits.device).repeat(copies, 1)[..., None]
+    mask = labels.mask.to(logits.device).repeat(copies, 1)
+    chosen = logits.gather(-1, target)
+    others = logits.scatter(-1, target, -torch.inf) if objective == "log_odds" else logits
+    per_label = (chosen[..., 0] - others.logsumexp(-1)).where(mask, 0)
+    if objective == "prob":
+        return per_label.sum(1).exp()
+    if objective == "loss":
+        return -per_label.sum(1) / mask.sum(1)
+    return per_label.sum(1)
+
+
+def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
+    if config.stack is not None:
+        return sites[config.stack]
+    if config.modality == "text":
+        return sites.text
+    if not sites.vision:
+        raise InputError(f"modality='vision', but the model has only the text stack {sites.text.name}")
+    return sites.vision[0]
+
+
+Located = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, set[int]]
+
+
+def _with_memory(
+    model: nn.Module, stack: Stack, batch: Batch, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor
+) -> Located:
+    """One batch, with as many steps per replay as memory holds."""
+    assert config.positions is not None
+    captured = capture(model, stack, batch, config.positions, vision=config.modality == "vision")
+    steps = len(nodes)
+    if config.memory_budget != "auto":
+        steps = max(1, min(steps, config.memory_budget // _bytes_per_copy(captured)))
+    while True:
+        try:
+            return _search(captured, config, nodes.split(steps), weights.split(steps))
+        except torch.OutOfMemoryError:
+            if steps == 1:
+                raise
+            steps = (steps + 1) // 2
+            log.warning("out of memory: going on with %d of %d steps per replay", steps, len(nodes))
+
+
+def _bytes_per_copy(captured: Capture) -> int:
+    """What autograd keeps of one copy: about 8 hidden-wide and 4 FFN-wide tensors per token and block."""
+    output = captured.stack.outputs[0]
+    per_token = 8 * output.out_features + 4 * output.in_features
+    return captured.stack.num_layers * captured.tokens * per_token * output.weight.element_size()
+
+
+def _search(
+    captured: Capture, config: LocateConfig, nodes: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...]
+) -> Located:
+    """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
+    n, device = captured.num_samples, captured.rows.sample.device
+    groups = captured.rows.groups(n)
+    replays = [Replay(captured, len(alphas)) for alphas in nodes]
+    at_zero, zero = Replay(captured, 1), torch.zeros(1)
+    full = objective_value(captured.logits, captured.labels, config.objective)
+    scores, paths, residuals, dead = [], [], [], set()
+    for layer, act in enumerate(captured.activations):
+        s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
+        s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
+        for replay, alphas, w in zip(replays, nodes, weights, strict=True):
+            grad, along_path = _gradient(replay, act, alphas, config.objective)
+            carried += w.to(carried) @ along_path
+            if grad is not None:
+                found = True
+                part = ops.riemann_accumulate(grad, w.to(act.device), act=act, groups=groups)
+                for total, new in zip((s1, s2), part, strict=True):
+                    total += new if groups else torch.zeros_like(total).index_add_(0, captured.rows.sample, new.to(total))
+        with torch.no_grad():
+            off = objective_value(at_zero.run(torch.zeros_like(act)[None]), captured.labels, config.objective)
+        change = full - off
+        residual = (s1.sum(1) + carried - change).abs()
+        residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
+        score = s1 if config.score == "igi" else s2
+        if not bool(score.isfinite().all()):
+            raise DivergedError(f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}")
+        path = score.sort(dim=1, descending=True, stable=True).indices[:, : config.top_k]
+        if not found:
+            dead.add(layer)
+            path = torch.full_like(path, -1)
+        scores.append(score.float())
+        paths.append(path)
+        if layer + 1 < captured.stack.num_layers:
+            scaled = path[captured.rows.sample] if config.search == "greedy" else None
+            for replay, alphas in zip([at_zero, *replays], [zero, *nodes], strict=True):
+                _advance(replay, act, alphas, scaled, carry=replay is not at_zero)
+    stacked = torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), torch.stack(residuals, 1).cpu()
+    return *stacked, captured.labels.mask.sum(1).cpu(), dead
+
+
+def _gradient(
+    replay: Replay, act: torch.Tensor, alphas: torch.Tensor, objective: str
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(dF/da [m,R,F] or None, dF/d alpha through the path's earlier neurons [m,n])."""
+    leaf = ops.riemann_interpolate(act, alphas.to(act)).requires_grad_()
+    moving = [(s.requires_grad_(), t) for s, t in zip(replay.states, replay.tangents, strict=True) if t is not None]
+    with torch.enable_grad():
+        value = objective_value(replay.run(leaf), replay.capture.labels, objective)
+        inputs = [leaf, *(state for state, _ in moving)]
+        grad, *state_grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+    along_path = torch.zeros(replay.copies, replay.capture.num_samples, dtype=value.dtype, device=value.device)
+    for state_grad, (_, tangent) in zip(state_grads, moving, strict=True):
+        if state_grad is not None:
+            along_path += replay.per_sample(state_grad.to(value) * tangent.to(value))
+    return grad, along_path
+
+
+def _advance(replay: Replay, act: torch.Tensor, alphas: torch.Tensor, path: torch.Tensor | None, carry: bool) -> None:
+    """Overwrite the block's clean activations, the path's [R,k] entries times alpha, and move on."""
+    if path is None:
+        replay.advance(act.expand(replay.copies, *act.shape), None)
+        return
+    values = ops.riemann_interpolate(act, alphas.to(act), neurons=path)
+    # d values / d alpha: the activation on the path, zero elsewhere
+    tangent = act - ops.riemann_interpolate(act, torch.zeros(1).to(act), neurons=path)[0] if carry else None
+    replay.advance(values, tangent.expand_as(values) if tangent is not None else None)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode without trainable parameters: no weight gradient is ever computed. Undone on the way out."""
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode

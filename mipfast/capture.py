@@ -1,0 +1,137 @@
+"""One clean forward pass: the activations at the chosen positions, and all that is needed to replay the model natively."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.errors import DivergedError, InputError
+from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows
+from mipfast.sites import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the base
+    model for a vision stack. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their sample.
+    activations[l]: clean down-projection inputs [R,F] at rows. logits [n,q,V]: the clean run's, at the label positions."""
+
+    model: nn.Module
+    stack: Stack
+    batch: Batch
+    entry: nn.Module
+    kwargs: dict[str, Any]
+    labels: Labels
+    rows: Rows
+    token_sample: torch.Tensor
+    activations: list[torch.Tensor]
+    logits: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_sample)
+
+    @property
+    def num_samples(self) -> int:
+        return self.labels.num_samples
+
+
+def capture(model: nn.Module, stack: Stack, batch: Batch, positions: Positions, vision: bool) -> Capture:
+    """Run the model once without gradient. Raises InputError for an unusable batch, DivergedError for non-finite
+    activations."""
+    labels = find_labels(batch)
+    entry = base_model(model) if vision else model.get_decoder()
+    seen: dict[str, Any] = {}
+    activations: list[torch.Tensor] = []
+
+    def keep_kwargs(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        bound.pop("self")
+        seen["kwargs"] = {**bound, **bound.pop("kwargs", {})}
+
+    def keep_activations(module: nn.Module, args: tuple) -> None:
+        flat = args[0].detach().reshape(-1, args[0].shape[-1])
+        if "rows" not in seen:
+            counts = _tokens_per_sample(model, batch, labels.num_samples, len(flat), vision)
+            seen["token_sample"] = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
+            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions)
+            seen["rows"] = Rows(rows.sample.to(flat.device), rows.index.to(flat.device))
+        activations.append(flat[seen["rows"].index])
+
+    with ExitStack() as hooks:
+        hooks.enter_context(removing(entry.register_forward_pre_hook(keep_kwargs, with_kwargs=True)))
+        for output in stack.outputs:
+            hooks.enter_context(removing(output.register_forward_pre_hook(keep_activations)))
+        hooks.enter_context(label_states(model, labels))
+        with torch.no_grad():
+            logits = model(**without_labels(batch), use_cache=False).logits
+    if len(activations) != stack.num_layers:
+        hint = "the batch has no images (pixel_values)" if vision else "some blocks did not run"
+        raise InputError(f"{len(activations)} of {stack.num_layers} blocks of {stack.name} ran once: {hint}")
+    for layer, act in enumerate(activations):
+        if not bool(act.isfinite().all()):
+            bad = sorted(set(seen["rows"].sample[~act.isfinite().all(1)].tolist()))
+            raise DivergedError(
+                f"activations of {stack.name} layer {layer} are not finite in samples {bad}; "
+                "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
+            )
+    return Capture(
+        model, stack, batch, entry, seen["kwargs"], labels, seen["rows"], seen["token_sample"], activations, logits
+    )
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The module whose last_hidden_state the language-model head reads."""
+    return model.base_model
+
+
+def without_labels(batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@contextmanager
+def removing(handle: Any) -> Iterator[None]:
+    """Remove a hook on the way out."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
+    """Let the head see only the label positions: [rows,S,H] -> [rows,q,H], rows a multiple of the n samples."""
+
+    def gather(module: nn.Module, args: tuple, output: Any) -> Any:
+        states = output[0]
+        index = labels.index.to(states.device).repeat(len(states) // labels.num_samples, 1)
+        picked = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+        return (picked,) if isinstance(output, tuple) else type(output)(last_hidden_state=picked)
+
+    with removing(base_model(model).register_forward_hook(gather)):
+        yield
+
+
+def _tokens_per_sample(model: nn.Module, batch: Batch, n: int, tokens: int, vision: bool) -> torch.Tensor:
+    """[n] int64. A vision tower's tokens are shared out in proportion to each sample's image placeholders."""
+    if not vision:
+        return torch.full((n,), tokens // n, device=batch["labels"].device)
+    image_token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    ids = batch.get("input_ids")
+    if ids is None or image_token is None:
+        placeholders = torch.ones(n, dtype=torch.int64, device=batch["labels"].device)
+    else:
+        placeholders = (ids == image_token).sum(1)
+    counts = placeholders * tokens // max(1, int(placeholders.sum()))
+    if int(counts.sum()) != tokens or bool((counts == 0).any()):
+        raise InputError(
+            f"{tokens} vision tokens do not divide over {placeholders.tolist()} image placeholders per sample; "
+            "IFI needs at least one image in every sample"
+        )
+    return counts

@@ -1,0 +1,148 @@
+"""Switch neurons off: zero the columns that read them, or their activations. Every prune can be undone, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from mipfast.errors import ArtefactError, InputError
+from mipfast.sites import Sites, find_sites, neurons_valid
+
+log = logging.getLogger("mipfast")
+
+Neurons = Mapping[tuple[str, int], torch.Tensor]
+_active: WeakKeyDictionary[nn.Module, list[Pruned]] = WeakKeyDictionary()
+
+
+class Slice:
+    """Some rows (dim 0) or columns (dim 1) of a parameter: the part of it that belongs to chosen neurons."""
+
+    def __init__(self, parameter: nn.Parameter, dim: int, index: torch.Tensor):
+        self.parameter, self.dim, self.index = parameter, dim, index.to(parameter.device)
+
+    def read(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of the slice of the parameter, or of a tensor of its shape."""
+        return (self.parameter.detach() if tensor is None else tensor).index_select(self.dim, self.index)
+
+    def write(self, values: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.parameter.index_copy_(self.dim, self.index, values.to(self.parameter.dtype))
+
+
+def neuron_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) -> tuple[list[Slice], list[Slice]]:
+    """(rows of the input projections and their biases, columns of the output projection) of some neurons of a block."""
+    place = sites[stack]
+    parameters = [p for linear in place.inputs[layer] for p in (linear.weight, linear.bias) if p is not None]
+    return [Slice(p, 0, index) for p in parameters], [Slice(place.outputs[layer].weight, 1, index)]
+
+
+class Pruned:
+    """A prune in force. undo() puts the original bits back, and discards whatever training did to the pruned neurons. Works
+    as a context manager. suspended() is the unedited model for a while."""
+
+    def __init__(self, model: nn.Module, mode: str, slices: list[Slice], hooks: list[Any], neurons: Neurons):
+        self.model, self.mode, self.neurons = model, mode, neurons
+        self._slices, self._hooks = slices, hooks
+        self._originals = [s.read() for s in slices]
+        _active.setdefault(model, []).append(self)
+
+    def undo(self) -> None:
+        """Raises InputError if already undone."""
+        if self not in _active.get(self.model, []):
+            raise InputError("this prune was undone already; prune again to get a new handle")
+        _active[self.model].remove(self)
+        for s, original in zip(self._slices, self._originals, strict=True):
+            s.write(original)
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        current = [s.read() for s in self._slices]
+        for s, original in zip(self._slices, self._originals, strict=True):
+            s.write(original)
+        try:
+            yield
+        finally:
+            for s, values in zip(self._slices, current, strict=True):
+                s.write(values)
+
+    def __enter__(self) -> Pruned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def active_prunes(model: nn.Module) -> list[Pruned]:
+    """Prunes of this model that are in force, oldest first."""
+    return list(_active.get(model, []))
+
+
+def check_neurons(model: nn.Module, neurons: Neurons) -> Sites:
+    """The model's sites. Raises ArtefactError where the neurons cannot be this model's; warns where its weights changed."""
+    sites = find_sites(model)
+    fingerprint = getattr(neurons, "fingerprint", None)
+    if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint) and not active_prunes(model):
+        log.warning("this path was located on other weights of the same architecture; its neurons may mean nothing here")
+    for (stack, layer), indices in neurons.items():
+        if not 0 <= layer < sites[stack].num_layers or not neurons_valid(indices, sites[stack]):
+            raise ArtefactError(
+                f"the path names neurons of {stack} layer {layer} that do not exist: the stack has "
+                f"{sites[stack].num_layers} layers of {sites[stack].num_neurons}; locate on this model again"
+            )
+    return sites
+
+
+def prune(
+    model: nn.Module,
+    path: Neurons,
+    mode: Literal["weights", "activations"] = "weights",
+    positions: Literal["all"] | list[int] = "all",
+) -> Pruned:
+    """Silence the path's neurons.
+
+    weights: zero their columns of the output projection (input rows stay, so both can be trained again). activations: a
+    hook zeroes them at all positions or at the given indices of [n,S,F]; nothing behind such a hook gets a gradient.
+
+    Raises ArtefactError for another model's path, InputError for an unknown mode or an unusable position."""
+    sites = check_neurons(model, path)
+    if mode == "weights":
+        if positions != "all":
+            raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
+        slices = []
+        for (stack, layer), indices in path.items():
+            rows, columns = neuron_slices(sites, stack, layer, indices)
+            slices += [*rows, *columns]
+        handle = Pruned(model, mode, slices, [], path)
+        for s in slices:
+            if s.dim == 1:
+                s.write(torch.zeros_like(s.read()))
+        return handle
+    if mode != "activations":
+        raise InputError(f"mode={mode!r}; expected 'weights' or 'activations'")
+    hooks = [
+        sites[stack].outputs[layer].register_forward_pre_hook(_zeroing(indices, positions))
+        for (stack, layer), indices in path.items()
+    ]
+    return Pruned(model, mode, [], hooks, path)
+
+
+def _zeroing(indices: torch.Tensor, positions: Literal["all"] | list[int]) -> Any:
+    def zero(module: nn.Module, args: tuple) -> tuple:
+        x = args[0].clone()
+        if positions == "all":
+            x[..., indices.to(x.device)] = 0
+        elif x.ndim == 3:
+            x[:, torch.as_tensor(positions, device=x.device)[:, None], indices.to(x.device)] = 0
+        else:
+            raise InputError(f"activations of shape {tuple(x.shape)} have no position dimension; use positions='all'")
+        return (x, *args[1:])
+
+    return zero
