@@ -14,7 +14,7 @@ enum class Dtype { float32, bfloat16, float16 };
 // act     [groups * rows_per_group, neurons] of act_dtype, contiguous, or null (= ones)
 // s1, s2  [groups, neurons] float32, written
 //
-// The result does not depend on the number of threads.
+// A non-finite gradient gives a non-finite sum. The result does not depend on the number of threads.
 void riemann_accumulate(const void* grad, Dtype grad_dtype, const float* weights, const void* act,
                         Dtype act_dtype, float* s1, float* s2, int64_t steps, int64_t groups,
                         int64_t rows_per_group, int64_t neurons);
