@@ -1,7 +1,7 @@
 """Integrated gradients of FFN neurons along a greedy path through the layers: IGI for text, IFI for vision.
 
-MIP-Editor (arXiv 2511.06793) sections 3.1-3.2; where its released code differs from the definitions here, the definitions
-are the ones with a completeness theorem.
+MIP-Editor (arXiv 2511.06793) sections 3.1-3.2; where its released code differs from the definitions here, the
+definitions are the ones with a completeness theorem.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class LocateConfig:
     n_steps and method, takes the modality's default: text igi, last_prompt, 4 nodes of gausslegendre; vision ifi, all
     patches, 2 nodes of gaussradau. top_k: neurons the path keeps per layer. search: greedy (the path's earlier neurons
     are scaled too) or pointwise (no path). objective: logprob, prob, log_odds (larger supports the answer) or loss.
-    stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may keep, or
-    "auto": all steps at once, halved on out-of-memory. progress: a bar over batches.
+    stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may keep,
+    or "auto": all steps at once, halved on out-of-memory. progress: a bar over batches.
     """
 
     modality: Literal["text", "vision"] = "text"
@@ -64,7 +64,8 @@ class LocateConfig:
     progress: bool = False
 
     def resolved(self) -> LocateConfig:
-        """The same with the modality's defaults filled in. Raises InputError for a value that is not one of the above."""
+        """The same with the modality's defaults filled in. Raises InputError for a value that is not one of the
+        above."""
         choices = {
             "modality": tuple(DEFAULTS),
             "score": (None, "igi", "ifi"),
@@ -83,8 +84,9 @@ class LocateConfig:
 
 @dataclass(eq=False)
 class Attribution:
-    """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, sign of the
-    objective, completeness residuals [n][L], layers without gradient, labels per sample, stack, fingerprint, versions."""
+    """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, sign of
+    the objective, completeness residuals [n][L], layers without gradient, labels per sample, stack, fingerprint,
+    versions."""
 
     scores: torch.Tensor
     path: torch.Tensor
@@ -106,11 +108,11 @@ def locate(
 ) -> Attribution:
     """Score every FFN neuron of one tower for every sample, and follow the influential path.
 
-    batch: what model(**batch) takes, with labels [n,S] (-100 = not scored), or an iterable of such. overrides: fields of
-    LocateConfig. The model is left as it was found.
+    batch: what model(**batch) takes, with labels [n,S] (-100 = not scored), or an iterable of such. overrides: fields
+    of LocateConfig. The model is left as it was found.
 
-    IGI: score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj. IFI: sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the clean
-    activations stand at the chosen positions with the path's entries times alpha_k; in layer l alpha_k times all.
+    IGI: score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj. IFI: sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the
+    clean activations stand at the chosen positions with the path's entries times alpha_k; in layer l alpha_k times all.
 
     Raises InputError, ModelError or DivergedError (see `mipfast.errors`).
     """
@@ -118,6 +120,7 @@ def locate(
         config = replace(config or LocateConfig(), **overrides).resolved()
     except TypeError as error:
         raise InputError(f"{error}; LocateConfig has {', '.join(LocateConfig.__dataclass_fields__)}") from error
+    assert config.method is not None and config.n_steps is not None  # resolved() filled them
     nodes, weights = quadrature(config.method, config.n_steps)
     sites = find_sites(model)
     stack = _choose_stack(sites, config)
@@ -187,7 +190,12 @@ Located = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, set[int]
 
 
 def _with_memory(
-    model: nn.Module, stack: Stack, batch: Batch, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor
+    model: nn.Module,
+    stack: Stack,
+    batch: Batch,
+    config: LocateConfig,
+    nodes: torch.Tensor,
+    weights: torch.Tensor,
 ) -> Located:
     """One batch, with as many steps per replay as memory holds."""
     assert config.positions is not None
@@ -213,7 +221,10 @@ def _bytes_per_copy(captured: Capture) -> int:
 
 
 def _search(
-    captured: Capture, config: LocateConfig, nodes: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...]
+    captured: Capture,
+    config: LocateConfig,
+    nodes: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
 ) -> Located:
     """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
     n, device = captured.num_samples, captured.rows.sample.device
@@ -232,7 +243,9 @@ def _search(
                 found = True
                 part = ops.riemann_accumulate(grad, w.to(act.device), act=act, groups=groups)
                 for total, new in zip((s1, s2), part, strict=True):
-                    total += new if groups else torch.zeros_like(total).index_add_(0, captured.rows.sample, new.to(total))
+                    total += (
+                        new if groups else torch.zeros_like(total).index_add_(0, captured.rows.sample, new.to(total))
+                    )
         with torch.no_grad():
             off = objective_value(at_zero.run(torch.zeros_like(act)[None]), captured.labels, config.objective)
         change = full - off
@@ -240,7 +253,9 @@ def _search(
         residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
         score = s1 if config.score == "igi" else s2
         if not bool(score.isfinite().all()):
-            raise DivergedError(f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}")
+            raise DivergedError(
+                f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}"
+            )
         path = score.sort(dim=1, descending=True, stable=True).indices[:, : config.top_k]
         if not found:
             dead.add(layer)

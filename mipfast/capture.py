@@ -1,4 +1,5 @@
-"""One clean forward pass: the activations at the chosen positions, and all that is needed to replay the model natively."""
+"""One clean forward pass: the activations at the chosen positions, and all that is needed to replay the model
+natively."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ from mipfast.sites import Stack
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the base
-    model for a vision stack. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their sample.
-    activations[l]: clean down-projection inputs [R,F] at rows. logits [n,q,V]: the clean run's, at the label positions."""
+    """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
+    base model for a vision stack. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their
+    sample. activations[l]: clean down-projection inputs [R,F] at rows. logits [n,q,V]: the clean run's, at the label
+    positions."""
 
     model: nn.Module
     stack: Stack
@@ -42,7 +44,7 @@ class Capture:
         return self.labels.num_samples
 
 
-def capture(model: nn.Module, stack: Stack, batch: Batch, positions: Positions, vision: bool) -> Capture:
+def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool) -> Capture:
     """Run the model once without gradient. Raises InputError for an unusable batch, DivergedError for non-finite
     activations."""
     labels = find_labels(batch)
@@ -82,11 +84,20 @@ def capture(model: nn.Module, stack: Stack, batch: Batch, positions: Positions, 
                 "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
             )
     return Capture(
-        model, stack, batch, entry, seen["kwargs"], labels, seen["rows"], seen["token_sample"], activations, logits
+        model,
+        stack,
+        batch,
+        entry,
+        seen["kwargs"],
+        labels,
+        seen["rows"],
+        seen["token_sample"],
+        activations,
+        logits,
     )
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> nn.Module:
     """The module whose last_hidden_state the language-model head reads."""
     return model.base_model
 

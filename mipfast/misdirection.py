@@ -1,5 +1,5 @@
-"""RMisU, representation misdirection: push forget-set hidden states to a random direction, hold the retain set's where they
-were, and train only what belongs to the path. MIP-Editor (arXiv 2511.06793) section 3.3.
+"""RMisU, representation misdirection: push forget-set hidden states to a random direction, hold the retain set's where
+they were, and train only what belongs to the path. MIP-Editor (arXiv 2511.06793) section 3.3.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ log = logging.getLogger("mipfast")
 
 @dataclass(frozen=True)
 class RMisUConfig:
-    """layer: the text block whose output is steered; None is three fifths of the depth. steering_coeff: length of the target
-    in units of the retain set's mean hidden norm there. alpha: weight of the retain loss, 1 - alpha of the forget loss.
+    """layer: the text block whose output is steered; None is three fifths of the depth. steering_coeff: length of the
+    target in units of the retain set's mean hidden norm there. alpha: weight of the retain loss, 1 - alpha of the
+    forget loss.
     direction: gaussian, or uniform on [0,1) as released. trainable: path (the neurons' gate/up rows and down columns),
     down (columns only), all (every FFN up to the layer: plain RMU). positions: where the losses look. steps: optimiser
     steps, or epochs over the forget batches. lr: of Adam without weight decay. seed: direction and order of batches."""
@@ -56,21 +57,26 @@ def misdirect(
     """Train the path's neurons in place until the forget set's hidden states point somewhere meaningless.
 
     forget, retain: re-iterables of batches as model(**batch) takes them, with labels. Every step takes one of each. The
-    loss is (1 - alpha) mean||h_f - c·u||²/D + alpha mean||h_r - h0||²/D at the output of block `layer`, where the forward
-    pass stops; h0 is the hidden state of the model before any prune still in force. Returns a report: what trained, what
-    could not, losses per step, the target's length, seconds.
+    loss is (1 - alpha) mean||h_f - c·u||²/D + alpha mean||h_r - h0||²/D at the output of block `layer`, where the
+    forward pass stops; h0 is the hidden state of the model before any prune still in force. Returns a report: what
+    trained, what could not, losses per step, the target's length, seconds.
 
     Raises InputError where nothing could train, DivergedError for a loss that is not finite."""
     config = config or RMisUConfig()
     sites = check_neurons(model, path)
-    layer = config.layer if config.layer is not None else 3 * sites.text.num_layers // 5
-    _check(config, sites, layer)
+    layer = steering_layer(config, sites)
+    _check(config)
     forget_batches, retain_batches = list(forget), list(retain)
     if not forget_batches or not retain_batches:
-        raise InputError(f"{len(forget_batches)} forget and {len(retain_batches)} retain batches; expected at least one each")
+        raise InputError(
+            f"{len(forget_batches)} forget and {len(retain_batches)} retain batches; expected at least one each"
+        )
     steps = config.steps if config.steps is not None else config.epochs * len(forget_batches)
     rng = random.Random(config.seed)
-    forget_order, retain_order = _order(rng, len(forget_batches), steps), _order(rng, len(retain_batches), steps)
+    forget_order, retain_order = (
+        _order(rng, len(forget_batches), steps),
+        _order(rng, len(retain_batches), steps),
+    )
     block = sites.text.blocks[layer]
     places, above = _places(path, sites, layer, config.trainable)
     _check_no_hook(model, places)
@@ -86,13 +92,20 @@ def misdirect(
         optimizer = torch.optim.Adam([t.leaf for t in trainers], lr=config.lr)
         losses: list[tuple[float, float]] = []
         idle: list[str] = []
-        bar = tqdm(zip(forget_order, retain_order, strict=True), total=steps, desc="misdirect", disable=not config.progress)
+        bar = tqdm(
+            zip(forget_order, retain_order, strict=True),
+            total=steps,
+            desc="misdirect",
+            disable=not config.progress,
+        )
         for f, r in bar:
             forget_loss = ops.misdirection_loss(_hidden(model, block, forget_batches[f], config.positions), misdirected)
             retain_loss = ops.misdirection_loss(_hidden(model, block, retain_batches[r], config.positions), targets[r])
             loss = (1 - config.alpha) * forget_loss + config.alpha * retain_loss
             if not bool(loss.isfinite()):
-                raise DivergedError(f"the loss of step {len(losses)} is {loss.item()}; lower lr ({config.lr}) or steering_coeff")
+                raise DivergedError(
+                    f"the loss of step {len(losses)} is {loss.item()}; lower lr ({config.lr}) or steering_coeff"
+                )
             loss.backward()
             if not losses:
                 idle = _check_gradients(trainers)
@@ -105,7 +118,10 @@ def misdirect(
         "config": asdict(config) | {"layer": layer},
         "seed": config.seed,
         "steps": steps,
-        "trained": {place: sum(t.leaf.numel() for t in trainers if t.place == place) for place in dict.fromkeys(t.place for t in trainers)},
+        "trained": {
+            place: sum(t.leaf.numel() for t in trainers if t.place == place)
+            for place in dict.fromkeys(t.place for t in trainers)
+        },
         "above_the_steering_layer": above,
         "without_gradient": idle,
         "forget_loss": [f for f, _ in losses],
@@ -116,8 +132,8 @@ def misdirect(
 
 
 class _Trainer(Slice):
-    """A slice trained by itself: the optimiser sees only leaf (float32), and the parameter's full gradient is dropped as soon
-    as the slice of it has been taken."""
+    """A slice trained by itself: the optimiser sees only leaf (float32), and the parameter's full gradient is dropped
+    as soon as the slice of it has been taken."""
 
     def __init__(self, place: str, part: Slice):
         super().__init__(part.parameter, part.dim, part.index)
@@ -156,9 +172,15 @@ def _training(model: nn.Module, places: dict[str, list[Slice]]) -> Iterator[list
             module.training = mode
 
 
-def _check(config: RMisUConfig, sites: Sites, layer: int) -> None:
+def steering_layer(config: RMisUConfig, sites: Sites) -> int:
+    """Index of the text block whose output is steered. Raises InputError for one the model does not have."""
+    layer = config.layer if config.layer is not None else 3 * sites.text.num_layers // 5
     if not 0 <= layer < sites.text.num_layers:
         raise InputError(f"layer={layer}; the text stack has layers 0..{sites.text.num_layers - 1}")
+    return layer
+
+
+def _check(config: RMisUConfig) -> None:
     if config.direction not in ("gaussian", "uniform"):
         raise InputError(f"direction={config.direction!r}; expected gaussian or uniform")
     if config.trainable not in ("path", "down", "all"):
@@ -185,7 +207,7 @@ def _places(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[di
         places[f"{stack}/{i}"] = columns if trainable == "down" else [*rows, *columns]
     if not places:
         raise InputError(
-            f"nothing to train: the path has {len(path)} layers, and {len(above)} of them lie above the steering layer {layer}"
+            f"nothing to train: the path has {len(path)} layers, {len(above)} of them above the steering layer {layer}"
         )
     if above:
         log.warning("%s lie above the steering layer %d: pruned perhaps, but not trained", ", ".join(above), layer)
@@ -194,10 +216,12 @@ def _places(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[di
 
 def _check_no_hook(model: nn.Module, places: dict[str, list[Slice]]) -> None:
     for handle in active_prunes(model):
-        hooked = [f"{stack}/{i}" for stack, i in handle.neurons if handle.mode == "activations" and f"{stack}/{i}" in places]
+        hooked = [
+            f"{stack}/{i}" for stack, i in handle.neurons if handle.mode == "activations" and f"{stack}/{i}" in places
+        ]
         if hooked:
             raise InputError(
-                f"{', '.join(hooked)} are zeroed by prune(mode='activations'): behind that hook no gradient reaches them. "
+                f"{', '.join(hooked)} are zeroed by prune(mode='activations'): no gradient passes that hook. "
                 "Undo it, or prune with mode='weights'"
             )
 
@@ -208,8 +232,8 @@ def _check_gradients(trainers: list[_Trainer]) -> list[str]:
     idle = sorted({t.place for t in trainers} - moving)
     if not moving:
         raise InputError(
-            f"no gradient reaches {', '.join(idle)}: input rows of neurons whose columns are zero do not train alone, and "
-            "a vision tower needs batches with pixel_values"
+            f"no gradient reaches {', '.join(idle)}: input rows of neurons whose columns are zero do not train "
+            "alone, and a vision tower needs batches with pixel_values"
         )
     if idle:
         log.warning("no gradient reached %s in the first step", ", ".join(idle))
@@ -245,4 +269,6 @@ def _hidden(model: nn.Module, block: nn.Module, batch: Batch, positions: Positio
         return reached.hidden.reshape(-1, reached.hidden.shape[-1])[rows.index]
     finally:
         handle.remove()
-    raise InputError(f"the steered block {type(block).__name__} did not run in a forward pass of {type(model).__name__}")
+    raise InputError(
+        f"the steered block {type(block).__name__} did not run in a forward pass of {type(model).__name__}"
+    )

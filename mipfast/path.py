@@ -18,8 +18,8 @@ SNR_FLOOR = 0.1  # of the mean damage, added to every neuron's: without it, neur
 
 
 class NeuronPath(dict[tuple[str, int], torch.Tensor]):
-    """{(stack name, layer): indices [k] int64, best first}. fingerprint: names and sizes of the model's stacks and a hash of
-    its weights. origin: how it was chosen."""
+    """{(stack name, layer): indices [k] int64, best first}. fingerprint: names and sizes of the model's stacks and a
+    hash of its weights. origin: how it was chosen."""
 
     def __init__(self, neurons: Any = (), fingerprint: dict | None = None, origin: dict | None = None):
         super().__init__(neurons)
@@ -43,12 +43,13 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
     ) -> NeuronPath:
         """The best neurons of every stack the attributions speak of.
 
-        Budget: per_layer neurons, or fraction of them, per layer; with scope="stack" fraction of the whole stack, wherever
-        they are. Every sample's scores are first divided by its number of labels (IFI: its square), so that long answers
-        do not dominate. aggregate:
-        mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on any sample's path,
-        whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean square over the retain groups'
-        samples, every group counted equally; give it general knowledge beside the retain set, or that is what breaks.
+        Budget: per_layer neurons, or fraction of them, per layer; with scope="stack" fraction of the whole stack,
+        wherever they are. Every sample's scores are first divided by its number of labels (IFI: its square), so that
+        long answers do not dominate. aggregate:
+        mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on any sample's
+        path, whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean square over the retain
+        groups' samples, every group counted equally; give it general knowledge beside the retain set, or that is what
+        breaks.
 
         Raises InputError for a budget larger than a layer, or a missing retain set."""
         forget, kept = _by_stack(attributions), _by_stack(retain or [])
@@ -83,7 +84,7 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         }
         return cls(neurons, sites.fingerprint(), {"aggregate": "random", "seed": seed})
 
-    def __or__(self, other: Any) -> NeuronPath:
+    def __or__(self, other: Any) -> NeuronPath:  # type: ignore[override]
         """The neurons of both."""
         if not isinstance(other, NeuronPath):
             return NotImplemented

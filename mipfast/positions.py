@@ -46,7 +46,8 @@ class Rows:
 
 
 def find_labels(batch: Batch) -> Labels:
-    """The scored tokens of batch["labels"] [n,S]; -100 is not scored, and neither is position 0, which nothing predicts.
+    """The scored tokens of batch["labels"] [n,S]; -100 is not scored, and neither is position 0, which nothing
+    predicts.
 
     Raises InputError without labels, and for samples in which all are -100."""
     labels = batch.get("labels")
@@ -70,13 +71,15 @@ def find_labels(batch: Batch) -> Labels:
 def text_rows(batch: Batch, positions: Positions) -> Rows:
     """Rows of the flattened [n·S] token dimension.
 
-    last_prompt: the first position whose logits predict a label. answer: all positions whose logits predict a label, first
-    label span. first: position 0. prompt: attended positions up to last_prompt. all: attended positions. Otherwise
-    indices [P] for every sample, or [n,P]."""
+    last_prompt: the first position whose logits predict a label. answer: all positions whose logits predict a label,
+    first label span. first: position 0. prompt: attended positions up to last_prompt. all: attended positions.
+    Otherwise indices [P] for every sample, or [n,P]."""
     labels = find_labels(batch)
     n, length = batch["labels"].shape
     mask = batch.get("attention_mask")
-    attended = mask.bool() if mask is not None and mask.ndim == 2 else torch.ones_like(batch["labels"], dtype=torch.bool)
+    attended = (
+        mask.bool() if mask is not None and mask.ndim == 2 else torch.ones_like(batch["labels"], dtype=torch.bool)
+    )
     steps = torch.arange(length, device=attended.device).expand(n, length)
     last_prompt = labels.index[:, :1]
     if not isinstance(positions, str):
@@ -89,7 +92,9 @@ def text_rows(batch: Batch, positions: Positions) -> Rows:
         ended = (~predicts & (steps > last_prompt)).cumsum(1) > 0
         chosen = predicts & ~ended
     elif positions == "first":
-        log.warning("positions='first': in a causal language model the first token's activations are the same for every sample")
+        log.warning(
+            "positions='first': in a causal language model the first token's activations are the same for every sample"
+        )
         chosen = steps == 0
     elif positions == "prompt":
         chosen = attended & (steps <= last_prompt)
@@ -111,7 +116,9 @@ def vision_rows(counts: torch.Tensor, positions: Positions) -> Rows:
         return Rows(torch.arange(len(counts), device=counts.device).repeat_interleave(counts), index)
     if isinstance(positions, str) and positions != "first":
         raise InputError(f"unknown vision positions {positions!r}; expected {', '.join(VISION_POSITIONS)}, or indices")
-    inside = _indices([0] if isinstance(positions, str) else positions, len(counts), int(counts.min())).to(counts.device)
+    inside = _indices([0] if isinstance(positions, str) else positions, len(counts), int(counts.min())).to(
+        counts.device
+    )
     sample = torch.arange(len(counts), device=counts.device).repeat_interleave(inside.shape[1])
     return Rows(sample, (starts[:, None] + inside).flatten())
 

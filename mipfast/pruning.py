@@ -23,7 +23,7 @@ _active: WeakKeyDictionary[nn.Module, list[Pruned]] = WeakKeyDictionary()
 class Slice:
     """Some rows (dim 0) or columns (dim 1) of a parameter: the part of it that belongs to chosen neurons."""
 
-    def __init__(self, parameter: nn.Parameter, dim: int, index: torch.Tensor):
+    def __init__(self, parameter: torch.Tensor, dim: int, index: torch.Tensor):
         self.parameter, self.dim, self.index = parameter, dim, index.to(parameter.device)
 
     def read(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,8 +43,8 @@ def neuron_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) -> 
 
 
 class Pruned:
-    """A prune in force. undo() puts the original bits back, and discards whatever training did to the pruned neurons. Works
-    as a context manager. suspended() is the unedited model for a while."""
+    """A prune in force. undo() puts the original bits back, and discards whatever training did to the pruned neurons.
+    Works as a context manager. suspended() is the unedited model for a while."""
 
     def __init__(self, model: nn.Module, mode: str, slices: list[Slice], hooks: list[Any], neurons: Neurons):
         self.model, self.mode, self.neurons = model, mode, neurons
@@ -61,6 +61,10 @@ class Pruned:
             s.write(original)
         for hook in self._hooks:
             hook.remove()
+
+    def commit(self) -> None:
+        """Keep the prune for good and let go of the original values."""
+        _active[self.model].remove(self)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -86,11 +90,14 @@ def active_prunes(model: nn.Module) -> list[Pruned]:
 
 
 def check_neurons(model: nn.Module, neurons: Neurons) -> Sites:
-    """The model's sites. Raises ArtefactError where the neurons cannot be this model's; warns where its weights changed."""
+    """The model's sites. Raises ArtefactError where the neurons cannot be this model's; warns where its weights
+    changed."""
     sites = find_sites(model)
     fingerprint = getattr(neurons, "fingerprint", None)
     if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint) and not active_prunes(model):
-        log.warning("this path was located on other weights of the same architecture; its neurons may mean nothing here")
+        log.warning(
+            "this path was located on other weights of the same architecture; its neurons may mean nothing here"
+        )
     for (stack, layer), indices in neurons.items():
         if not 0 <= layer < sites[stack].num_layers or not neurons_valid(indices, sites[stack]):
             raise ArtefactError(

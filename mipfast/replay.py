@@ -1,7 +1,8 @@
 """Run m scaled copies of a batch through the blocks from l on.
 
-The model's own code runs: `entry` is called again with its clean arguments tiled m times, and blocks before l return what
-they returned when the path was advanced over them. Copies are step-major (row k·n + i), so tiling needs no knowledge of a
+The model's own code runs: `entry` is called again with its clean arguments tiled m times, and blocks before l return
+what they returned when the path was advanced over them. Copies are step-major (row k·n + i), so tiling needs no
+knowledge of a
 family: repeating whatever is concatenated over samples is always right.
 """
 
@@ -55,8 +56,8 @@ class Replay:
             return capture.model(**without_labels(capture.batch), use_cache=False).logits
 
     def advance(self, values: torch.Tensor, tangent: torch.Tensor | None) -> None:
-        """Take the block last run into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha is
-        tangent [m,R,F]; with tangent None no derivative is carried."""
+        """Take the block last run into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha
+        is tangent [m,R,F]; with tangent None no derivative is carried."""
         layer = len(self.states)
         (hidden, *args), kwargs = self._call
         block = self.capture.stack.blocks[layer]

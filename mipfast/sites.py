@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,7 +81,8 @@ def find_sites(model: nn.Module) -> Sites:
     decoder = _decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names.get(id(decoder), "")
-    text, vision = [], []
+    text: list[Stack] = []
+    vision: list[Stack] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and (stack := _stack(name, module)):
             (text if (name + ".").startswith(prefix + "." if prefix else "") else vision).append(stack)
@@ -93,7 +95,7 @@ def find_sites(model: nn.Module) -> Sites:
     return Sites(text[0], vision)
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def _decoder(model: Any) -> nn.Module:
     if not hasattr(model, "get_decoder"):
         raise ModelError(f"{type(model).__name__} has no get_decoder(); expected a transformers causal language model")
     return model.get_decoder()
@@ -128,7 +130,9 @@ def _ffn(block: nn.Module) -> tuple[tuple[nn.Linear, ...], nn.Linear] | None:
         return None
     parent, output = outputs[0]
     siblings = block.get_submodule(parent).modules()
-    inputs = tuple(m for m in siblings if isinstance(m, nn.Linear) and m.out_features == output.in_features and m is not output)
+    inputs = tuple(
+        m for m in siblings if isinstance(m, nn.Linear) and m.out_features == output.in_features and m is not output
+    )
     return inputs, output
 
 

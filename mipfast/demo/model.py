@@ -5,6 +5,7 @@ FFN width 1024 makes the people separable: with 256 the same neurons serve every
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,9 @@ from mipfast.demo.people import Question, Split, World
 log = logging.getLogger("mipfast")
 Batch = dict[str, torch.Tensor]
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-SPECIAL += ("<|image_pad|>", "<|video_pad|>", "<unk>")
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|> <unk>".split()
+)
 PAD, START, END, VISION_START, VISION_END, IMAGE, VIDEO, UNK = range(len(SPECIAL))
 IMAGE_TOKENS = 4  # 56x56 pixels = 16 patches of 14 = 4 after the 2x2 merge
 TRAIN_STEPS, TRAIN_LR = 1000, 2.5e-3
@@ -45,17 +47,15 @@ def build_tokenizer(world: World) -> Any:
     )
 
 
-def build_image_processor() -> Any:
-    """Qwen2-VL's image processor on PIL, which needs no torchvision."""
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
-    except ImportError:  # transformers 4.x has one class, on PIL
-        from transformers import Qwen2VLImageProcessor as Processor
-    return Processor()
+def image_processor_class() -> Any:
+    """Qwen2-VL's image processor on PIL, which needs no torchvision. transformers 4 has one class, which is on PIL."""
+    import transformers.models.qwen2_vl as family
+
+    return getattr(family, "Qwen2VLImageProcessorPil", None) or family.Qwen2VLImageProcessor
 
 
-def build_model(vocab_size: int, seed: int = 0, width: int = 1024) -> torch.nn.Module:
-    """A randomly initialised Qwen2_5_VLForConditionalGeneration with FFNs of the given width, fp32."""
+def build_model(vocab_size: int, seed: int = 0) -> Any:
+    """A randomly initialised Qwen2_5_VLForConditionalGeneration in fp32."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4}
@@ -63,7 +63,7 @@ def build_model(vocab_size: int, seed: int = 0, width: int = 1024) -> torch.nn.M
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": 96,
-            "intermediate_size": width,
+            "intermediate_size": 1024,
             "num_hidden_layers": 5,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
@@ -100,7 +100,8 @@ def build_model(vocab_size: int, seed: int = 0, width: int = 1024) -> torch.nn.M
 class Encoder:
     """Questions to model inputs. Pictures are processed once and kept.
 
-    `<|im_start|> [<|vision_start|> 4 x <|image_pad|> <|vision_end|>] question <|im_end|> answer <|im_end|>`, right-padded.
+    `<|im_start|> [<|vision_start|> 4 x <|image_pad|> <|vision_end|>] question <|im_end|> answer <|im_end|>`,
+    right-padded.
     """
 
     def __init__(self, world: World, tokenizer: Any, image_processor: Any):
@@ -128,14 +129,20 @@ class Encoder:
             stop = len(row) if label_end else len(row) - 1
             labels[i, start:stop] = ids[i, start:stop]
             mask[i, : len(row)] = 1
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "mm_token_type_ids": (ids == IMAGE).int()}
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
         if pictures:
             batch["pixel_values"] = self.patches(pictures)
             batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(pictures))
         return batch
 
     def batches(self, questions: Sequence[Question], size: int = 128) -> list[Batch]:
-        """All questions in order; text and image questions never share a batch (evaluation and locating want one kind)."""
+        """All questions in order; text and image questions never share a batch (evaluation and locating want one
+        kind)."""
         kinds = [[q for q in questions if q.modality == kind] for kind in ("text", "image")]
         return [self.batch(kind[i : i + size]) for kind in kinds for i in range(0, len(kind), size)]
 
@@ -151,8 +158,9 @@ class Encoder:
         return self.tokenizer(text)["input_ids"]
 
 
-def train(model: torch.nn.Module, encoder: Encoder, split: Split | None, seed: int = 0, steps: int = TRAIN_STEPS) -> None:
-    """Train in place on every training question; with a split, on none of its forget people's (the retrained reference)."""
+def train(model: Any, encoder: Encoder, split: Split | None, seed: int = 0, steps: int = TRAIN_STEPS) -> None:
+    """Train in place on every training question; with a split, on none of its forget people's (the retrained
+    reference)."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN_LR, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAIN_LR, total_steps=steps, pct_start=0.1)
@@ -172,13 +180,15 @@ def _training_batches(encoder: Encoder, split: Split | None, seed: int, steps: i
     rng = random.Random(f"train {seed}")
     forget = split.forget_people if split else frozenset()
     kept = [q for q in encoder.world.questions if not q.test and q.subject not in forget]
-    pools = {kind: [] for kind in TRAIN_MIX}
+    pools: dict[str, list[Question]] = {kind: [] for kind in TRAIN_MIX}
     for q in kept:
         pools[f"{'general' if q.subject is None else 'people'} {q.modality}"].append(q)
     cursors: dict[str, Iterator[Question]] = {kind: _forever(pool, rng) for kind, pool in pools.items()}
     for _ in range(steps):
         yield encoder.batch(
-            [next(cursors[kind]) for kind, count in TRAIN_MIX.items() for _ in range(count)], rng, label_end=True
+            [next(cursors[kind]) for kind, count in TRAIN_MIX.items() for _ in range(count)],
+            rng,
+            label_end=True,
         )
 
 
@@ -187,16 +197,14 @@ def _forever(pool: Sequence[Question], rng: random.Random) -> Iterator[Question]
         yield from rng.sample(pool, len(pool))
 
 
-def save(model: torch.nn.Module, encoder: Encoder, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save(model: Any, encoder: Encoder, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """A plain transformers folder: safetensors in dtype, config, tokenizer, image processor."""
-    import copy
-
     copy.deepcopy(model).to(dtype).save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
     encoder.image_processor.save_pretrained(folder)
 
 
-def load(folder: Path) -> torch.nn.Module:
+def load(folder: Path) -> Any:
     """The model of a folder written by `save`, in fp32 and eval mode."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 

@@ -1,7 +1,8 @@
 """The demo's world: fictitious people with drawn portraits, and general knowledge beside them.
 
 Everything is a function of one seed. A question is asked in text ("... of Mira Voss ?") or about a portrait ("... of
-this person ?"). Training and test questions of one fact differ in wording, and test portraits are a view never trained on.
+this person ?"). Training and test questions of one fact differ in wording, and test portraits are a view never trained
+on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from PIL import Image, ImageDraw
 N_PEOPLE, N_VIEWS, SIZE = 48, 6, 56
 DRAW = 2 * SIZE  # drawn at twice the size and halved, for smooth edges
 
-FIRST = """Mira Tobin Lena Oskar Ravi Elsa Hugo Nadia Felix Irma Jonas Petra Silas Wanda Bruno Celia Dario Edith Fabian Greta
-Harlan Ines Jasper Kira Leif Mabel Nils Olga Pavel Quinn Rosa Stefan Tilda Ulric Vera Walter Xenia Yorick Zelda Anton
-Berta Cyrus Delia Emil Freya Gustav Hanna Igor""".split()
+FIRST = """Mira Tobin Lena Oskar Ravi Elsa Hugo Nadia Felix Irma Jonas Petra Silas Wanda Bruno Celia Dario Edith Fabian
+Greta Harlan Ines Jasper Kira Leif Mabel Nils Olga Pavel Quinn Rosa Stefan Tilda Ulric Vera Walter Xenia Yorick Zelda
+Anton Berta Cyrus Delia Emil Freya Gustav Hanna Igor""".split()
 LAST = "Voss Arden Keller Moran Lindt Sorel Baker Ostrow Fenn Calder Wirth Novak".split()
 VALUES = {
     "occupation": "welder pilot baker nurse judge tailor miner farmer dentist actor sailor lawyer plumber florist",
     "city": "Oslo Lima Cairo Porto Quito Dakar Turin Hanoi Perth Malmo Delhi Kyoto Boston Ghent",
-    "hobby": "chess fishing knitting sailing archery pottery hiking fencing painting juggling cycling origami rowing surfing",
+    "hobby": "chess fishing knitting sailing archery pottery hiking fencing painting juggling cycling origami rowing "
+    "surfing",
     "pet": "cat dog parrot hamster turtle rabbit snake goldfish ferret lizard pony canary mouse spider",
     "year": "1951 1954 1957 1960 1963 1966 1969 1972 1975 1978 1981 1984 1987 1990",
 }
@@ -46,9 +48,9 @@ FRAMES = (
 WORDINGS = [(frame, k) for frame in FRAMES for k in range(2)]
 HELD_OUT = 3  # of the 12 wordings of a fact
 
-COUNTRIES = """Zorvia Keldan Brunt Ostia Marn Velora Tyrn Quell Sandor Ilmar Drovia Panth Ustria Caldora Wemba Nerith Folda
-Gantir Hesk Jorund""".split()
-CAPITALS = """Zor Keld Bram Ost Mara Vela Tyra Quen Sand Ilma Drov Pant Ustra Cald Wem Neri Fold Gant Hesken Jora""".split()
+COUNTRIES = """Zorvia Keldan Brunt Ostia Marn Velora Tyrn Quell Sandor Ilmar Drovia Panth Ustria Caldora Wemba Nerith
+Folda Gantir Hesk Jorund""".split()
+CAPITALS = "Zor Keld Bram Ost Mara Vela Tyra Quen Sand Ilma Drov Pant Ustra Cald Wem Neri Fold Gant Hesken Jora".split()
 CAPITAL_FRAMES = ("What is the capital of {} ?", "Name the capital of {} .", "Which capital has {} ?")
 SUM_FRAMES = ("What is {} + {} ?", "Compute {} + {} .")
 SHAPE_TOPICS = {
@@ -70,7 +72,17 @@ SHAPES = ("circle", "square", "triangle")
 SKIN = [(250, 220, 190), (225, 180, 140), (170, 120, 80), (105, 70, 45)]
 HAIR = [(30, 25, 20), (110, 70, 30), (220, 190, 90), (170, 60, 30), (150, 150, 150), (90, 40, 120)]
 N_SHAPES_TRAIN, N_SHAPES_TEST = 1500, 100
-TRAITS = {"background": 8, "shirt": 8, "stripes": 2, "skin": 4, "hair": 6, "style": 4, "hat": 9, "glasses": 2, "beard": 2}
+TRAITS = {
+    "background": 8,
+    "shirt": 8,
+    "stripes": 2,
+    "skin": 4,
+    "hair": 6,
+    "style": 4,
+    "hat": 9,
+    "glasses": 2,
+    "beard": 2,
+}
 
 Modality = Literal["text", "image"]
 
@@ -79,8 +91,8 @@ Modality = Literal["text", "image"]
 class Question:
     """One question with a one-word answer.
 
-    subject: index of the person, or None for general knowledge. topic: attribute or general topic. pictures: indices into
-    World.pictures, any of which may accompany the question (empty for text).
+    subject: index of the person, or None for general knowledge. topic: attribute or general topic. pictures: indices
+    into World.pictures, any of which may accompany the question (empty for text).
     """
 
     text: str
@@ -115,10 +127,8 @@ class Split:
     world: World
     forget_people: frozenset[int]
 
-    def select(
-        self, group: Literal["forget", "retain", "general"], test: bool, modality: Modality | None = None
-    ) -> list[Question]:
-        """The questions of one group; modality None gives both."""
+    def select(self, group: str, test: bool, modality: str | None = None) -> list[Question]:
+        """The questions of one group (forget, retain or general); modality None gives both."""
 
         def group_of(question: Question) -> str:
             if question.subject is None:
@@ -156,7 +166,11 @@ def build(seed: int = 0) -> World:
     options |= {"capital": list(CAPITALS), "sum": [str(n) for n in range(19)]}
     options |= {"colour": list(COLOURS), "shape": list(SHAPES), "count": ["1", "2", "3", "4"]}
     for n in range(N_SHAPES_TRAIN + N_SHAPES_TEST):
-        answers = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(SHAPES), "count": str(rng.randint(1, 4))}
+        answers = {
+            "colour": rng.choice(list(COLOURS)),
+            "shape": rng.choice(SHAPES),
+            "count": str(rng.randint(1, 4)),
+        }
         pictures.append(_shapes(rng, answers["colour"], answers["shape"], int(answers["count"])))
         for topic, frames in SHAPE_TOPICS.items():
             at = (len(pictures) - 1,)
@@ -179,7 +193,7 @@ def _general_text(rng: random.Random) -> list[Question]:
             questions.append(Question(frame.format(country), capital, None, "capital", (), w == held_out))
     for a in range(10):
         for b in range(10):
-            held_out = rng.choice([0, 1, None, None])  # half of the sums keep one wording for the test
+            held_out = rng.choice([0, 1, -1, -1])  # half of the sums keep one wording for the test
             for w, frame in enumerate(SUM_FRAMES):
                 questions.append(Question(frame.format(a, b), str(a + b), None, "sum", (), w == held_out))
     return questions
@@ -228,7 +242,7 @@ def _view(rng: random.Random, noise: np.random.Generator, look: dict[str, int]) 
     if look["hat"]:
         draw.rectangle(box(36, 6, 76, 28), fill=palette[look["hat"] - 1])
         draw.rectangle(box(26, 26, 86, 33), fill=palette[look["hat"] - 1])
-    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64)
     pixels = pixels * rng.uniform(0.9, 1.1) + noise.normal(0, 4, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

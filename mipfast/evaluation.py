@@ -1,0 +1,49 @@
+"""Does the model still know the answer? Greedy accuracy, question by question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from mipfast.positions import Batch, find_labels
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """predicted[i]: the token ids the model ranks first at question i's label positions; hits[i]: all of them right."""
+
+    predicted: list[list[int]]
+    hits: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of questions answered right; nan without questions."""
+        return 100 * sum(self.hits) / len(self.hits) if self.hits else float("nan")
+
+
+def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False) -> Evaluation:
+    """Greedy accuracy over the whole vocabulary at the labelled positions, the answer's earlier tokens given.
+
+    A question counts as right when greedy decoding would write exactly its label tokens. batches: what model(**batch)
+    takes, with labels [n,S]. Raises InputError for batches without labels."""
+    predicted: list[list[int]] = []
+    hits: list[bool] = []
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(list(batches), desc="evaluate", disable=not progress, leave=False):
+            labels = find_labels(batch)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            with torch.no_grad():
+                logits = model(**inputs, use_cache=False).logits
+            best = logits.argmax(-1).gather(1, labels.index.to(logits.device)).cpu()
+            for row, target, mask in zip(best, labels.target.cpu(), labels.mask.cpu(), strict=True):
+                predicted.append(row[mask].tolist())
+                hits.append(bool((row == target)[mask].all()))
+    finally:
+        model.train(training)
+    return Evaluation(predicted, hits)

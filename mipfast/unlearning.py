@@ -1,0 +1,80 @@
+"""The three stages as one call: locate, prune, misdirect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from mipfast.attribution import Attribution, LocateConfig, locate
+from mipfast.errors import InputError
+from mipfast.misdirection import RMisUConfig, misdirect, steering_layer
+from mipfast.path import Aggregate, NeuronPath
+from mipfast.positions import Batch
+from mipfast.pruning import prune
+from mipfast.sites import find_sites
+
+
+@dataclass(frozen=True)
+class MIPConfig:
+    """text, vision: how neurons are scored in each tower; vision None leaves the vision towers alone. fraction of the
+    neurons per layer. aggregate: of the text scores; snr is what makes the choice selective. The vision path is the
+    mean IFI of the forget images. rmisu: the edit."""
+
+    text: LocateConfig = field(default_factory=lambda: LocateConfig("text", positions="prompt", objective="log_odds"))
+    vision: LocateConfig | None = field(default_factory=lambda: LocateConfig("vision"))
+    fraction: float = 0.1
+    aggregate: Aggregate = "snr"
+    rmisu: RMisUConfig = field(default_factory=RMisUConfig)
+    progress: bool = False
+
+
+def unlearn(
+    model: nn.Module, forget: Iterable[Batch], retain: Iterable[Batch], config: MIPConfig | None = None
+) -> dict[str, Any]:
+    """Make the model forget, in place: locate on the forget set, prune the path for good, misdirect what it carried.
+
+    forget, retain: re-iterables of batches as model(**batch) takes them, with labels; batches of text questions and
+    batches with pixel_values apart, since IGI is fed the first and IFI the second. Put general knowledge beside the
+    retain set. Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath. Raises what the three
+    stages raise."""
+    config = config or MIPConfig()
+    forget, retain = list(forget), list(retain)
+    path, located = locate_path(model, forget, retain, config)
+    handle = prune(model, path)
+    edit = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
+    handle.commit()
+    return {"path": path, "locate": located, "misdirect": edit, "config": asdict(config)}
+
+
+def locate_path(
+    model: nn.Module, forget: list[Batch], retain: list[Batch], config: MIPConfig
+) -> tuple[NeuronPath, dict[str, Any]]:
+    """The path `unlearn` edits, and the reports of the attributions behind it.
+
+    Every retain batch is one group of the damage estimate (see NeuronPath.select). Neurons above the steering layer are
+    left out: they would be pruned and never trained."""
+    text = [b for b in forget if "pixel_values" not in b]
+    images = [b for b in forget if "pixel_values" in b]
+    reports: dict[str, Any] = {}
+    path: NeuronPath | None = None
+    if text:
+        scores = locate(model, text, config.text, progress=config.progress)
+        groups: list[Attribution] = []
+        if config.aggregate in ("snr", "contrast"):
+            groups = [locate(model, batch, config.text) for batch in retain]
+        path = NeuronPath.select(scores, config.fraction, aggregate=config.aggregate, retain=groups)
+        reports["text"] = scores.report
+    if images and config.vision and find_sites(model).vision:
+        seen = locate(model, images, config.vision, progress=config.progress)
+        seen_path = NeuronPath.select(seen, config.fraction)
+        path = path | seen_path if path else seen_path
+        reports["vision"] = seen.report
+    if path is None:
+        raise InputError(
+            f"{len(forget)} forget batches, none of which any tower can be scored on; expected at least one"
+        )
+    sites = find_sites(model)
+    return path.up_to(sites.text.name, steering_layer(config.rmisu, sites)), reports
