@@ -111,9 +111,7 @@ def choose(tensor: torch.Tensor) -> str:
     if name is not None:
         refusal = _refusal(name, tensor)
         if refusal:
-            raise BackendError(
-                f"backend {name!r} cannot run this op: {refusal}; use 'reference' or convert it"
-            )
+            raise BackendError(f"backend {name!r} cannot run this op: {refusal}; use 'reference' or convert it")
         return name
     name = "triton" if tensor.is_cuda else "cpp" if tensor.device.type == "cpu" else "reference"
     return name if _refusal(name, tensor) is None and _probe(name)[0] else "reference"

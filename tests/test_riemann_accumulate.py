@@ -150,9 +150,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 def test_special_half_values(backend, device):
-    values = torch.tensor(
-        [0.0, 6e-8, 6.1e-5, 65504.0, math.inf, math.nan], dtype=torch.float16, device=device
-    )
+    values = torch.tensor([0.0, 6e-8, 6.1e-5, 65504.0, math.inf, math.nan], dtype=torch.float16, device=device)
     for grad in (values, -values):
         s1, _ = ops.riemann_accumulate(grad[None, None], torch.ones(1, device=device))
         torch.testing.assert_close(s1[0], grad.float(), rtol=0, atol=0, equal_nan=True)
@@ -183,9 +181,7 @@ def test_opcheck(backend, device, with_act, groups, monkeypatch):
 def test_gradient(groups):
     grad, weights, act = (t.double() for t in inputs((3, 4, 5), torch.float64))
     grad.requires_grad_(), act.requires_grad_()
-    torch.autograd.gradcheck(
-        lambda g, a: ops.riemann_accumulate(g, weights, act=a, groups=groups), (grad, act)
-    )
+    torch.autograd.gradcheck(lambda g, a: ops.riemann_accumulate(g, weights, act=a, groups=groups), (grad, act))
 
 
 def test_bad_inputs_are_named():
