@@ -1,0 +1,292 @@
+"""What a person looks at: one plain results dict as a table, pictures and a page.
+
+results, JSON-only values:
+    title: str; seeds: list[int]; config, versions, machine: dicts; seconds: {stage: float}; limits: list[str]
+    rows: [{name, stage, note: str; neurons: int or None; accuracy: {group: {modality: [percent per seed]}}}];
+        rows of one stage follow one another; an accuracy that was not measured is an empty list or absent
+    paths (may be absent): {"MIP" and "random": {"stacks":
+        {name: {num_layers: int, num_neurons: int, neurons: {layer as str: [index]}}}}}
+    residuals (may be absent): {"MIP" and "random": {"forget" and "retain":
+        {relative_norm: [per layer], points: [[x, y]]}}}
+    steering_layer: int, wherever there are residuals
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from mipfast.errors import InputError, MipfastError
+from mipfast.files import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GROUPS, MODALITIES = ("forget", "retain", "general"), ("text", "image")
+COLUMNS = [(group, modality) for group in GROUPS for modality in MODALITIES]
+AIM = {"forget": "lower is better", "retain": "higher is better", "general": "higher is better"}
+# From Okabe and Ito's palette, which colour-blind readers can tell apart
+COLOUR = {"text": "#0072B2", "image": "#E69F00", "forget": "#D55E00", "retain": "#404040"}
+PALE = "#CCCCCC"
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "figure.titlesize": 11,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def accuracy_table(results: dict[str, Any]) -> Table:
+    """A terminal table: a line per row, a section per stage, accuracy in percent (mean ± sample sd over seeds)."""
+    title, caption = Text(results["title"]), Text(_caption(results))
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for head in ("neurons", *(f"{group}\n{modality}" for group, modality in COLUMNS)):
+        table.add_column(head, justify="right")
+    for stage, rows in _stages(results):
+        table.add_section()
+        table.add_row(Text(stage, style="bold"))
+        for row in rows:
+            # Text, not str: a bracket in a name is no markup
+            table.add_row(*(Text(cell) for cell in _cells(row, len(results["seeds"]))))
+    return table
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole report.md; it links, by relative name, the pictures `write_report` draws from the same results."""
+    seeds = len(results["seeds"])
+    lines = [
+        f"# {results['title']}",
+        "",
+        "What the model still answers, before and after each way of making it forget the forget set.",
+        "",
+        "| method | neurons | " + " | ".join(map(" ".join, COLUMNS)) + " |",
+        "|---" + "|---:" * (1 + len(COLUMNS)) + "|",
+    ]
+    for stage, rows in _stages(results):
+        lines.append(f"| **{stage}** |" + " |" * (1 + len(COLUMNS)))
+        lines += [f"| {' | '.join(_cells(row, seeds))} |" for row in rows]
+    lines += ["", _caption(results), ""]
+    for picture in _drawable(results):
+        lines += [f"![{PICTURES[picture][2]}]({picture})", ""]
+    lines += ["## What each row is", ""]
+    lines += [f"- **{row['name']}** ({row['stage']}): {row['note']}" for row in results["rows"]]
+    lines += ["", "## Time", "", "| stage | seconds |", "|---|---:|"]
+    lines += [f"| {stage} | {seconds:.2f} |" for stage, seconds in results["seconds"].items()]
+    lines += ["", "## Limits", "", *(f"- {limit}" for limit in results["limits"]), ""]
+    facts = {key: results[key] for key in ("seeds", "config", "versions", "machine")}
+    lines += ["<details><summary>Configuration, versions, machine</summary>", ""]
+    lines += ["```json", json.dumps(facts, indent=1), "```", "", "</details>", ""]
+    return "\n".join(lines)
+
+
+def write_report(results: dict[str, Any], folder: str | Path) -> Path:
+    """Write report.json, report.md and every picture whose data are there; returns the path of report.md.
+
+    Raises MipfastError without matplotlib; report.json is on disk by then.
+    """
+    folder = Path(folder)
+    write_json(folder / "report.json", results)
+    for picture in _drawable(results):
+        figure = PICTURES[picture][1](results)
+        # 200 dpi of 9 inches: twice the 900 pixels a page usually gives it
+        write_atomic(folder / picture, functools.partial(figure.savefig, dpi=200))
+    page = folder / "report.md"
+    write_atomic(page, lambda path: path.write_text(markdown(results), encoding="utf-8"))
+    return page
+
+
+def _drawing(draw: Callable[[dict[str, Any]], Figure]) -> Callable[[dict[str, Any]], Figure]:
+    """Run draw in one style, whatever the user's matplotlibrc says, or say how to get matplotlib."""
+
+    @functools.wraps(draw)
+    def styled(results: dict[str, Any]) -> Figure:
+        try:
+            import matplotlib.style
+        except ImportError as error:
+            raise MipfastError("pictures need matplotlib, not found: pip install 'mipfast[eval]'") from error
+        with matplotlib.style.context(["default", STYLE]):
+            return draw(results)
+
+    return styled
+
+
+@_drawing
+def accuracy_figure(results: dict[str, Any]) -> Figure:
+    """Bars by method and modality, one panel per group, percent; whiskers are the sample sd over seeds."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    ticks: list[tuple[float, str]] = []
+    headings: list[float] = []
+    bars: list[tuple[float, dict[str, Any]]] = []
+    y = 0.0
+    for stage, rows in _stages(results):
+        headings.append(y)
+        ticks.append((y, stage))
+        for row in rows:
+            y += 1
+            ticks.append((y, row["name"]))
+            bars.append((y, row))
+        y += 1.2
+    figure = Figure(figsize=(9, 1.2 + 0.36 * y), layout="constrained")
+    figure.suptitle(f"Test accuracy after each edit, percent ({_seeds(results)})")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, group in zip(panels, GROUPS, strict=True):
+        axes.set_title(f"{group}: {AIM[group]}")
+        for y, row in bars:
+            for modality, shift in (("text", -0.19), ("image", 0.19)):
+                _bar(axes, y + shift, _values(row, group, modality), COLOUR[modality])
+        for y in headings[1:]:
+            axes.axhline(y - 0.6, color=PALE, linewidth=0.8)
+        axes.set(xlim=(0, 140), xticks=range(0, 101, 25), ylim=(ticks[-1][0] + 0.6, -0.6))
+        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["bottom"].set_bounds(0, 100)
+    # only the first of panels that share their y axis shows labels
+    for (at, _), label in zip(ticks, panels[0].get_yticklabels(), strict=True):
+        label.set_fontweight("bold" if at in headings else "normal")
+    handles = [Patch(color=COLOUR[modality], label=f"{modality} questions") for modality in MODALITIES]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+@_drawing
+def path_figure(results: dict[str, Any]) -> Figure:
+    """Every selected neuron as a tick, layers upwards, panels by stack; MIP beside the random path.
+
+    Raises InputError where results["paths"] holds neither.
+    """
+    from matplotlib.figure import Figure
+
+    methods = _methods(results, "paths")
+    depths = [stack["num_layers"] for stack in results["paths"][methods[0]]["stacks"].values()]
+    figure = Figure(figsize=(9, 0.6 + sum(0.9 + 0.22 * depth for depth in depths)), layout="constrained")
+    figure.suptitle(f"The neurons of each path, with their number per layer (seed {results['seeds'][0]})")
+    grid = figure.subplots(len(depths), len(methods), squeeze=False, height_ratios=[n + 1 for n in depths])
+    for column, method in enumerate(methods):
+        colour = COLOUR["forget"] if method == "MIP" else COLOUR["retain"]
+        for line, (name, stack) in enumerate(results["paths"][method]["stacks"].items()):
+            axes, layers, width = grid[line, column], range(stack["num_layers"]), stack["num_neurons"]
+            rows = [stack["neurons"].get(str(layer), []) for layer in layers]
+            axes.eventplot(rows, lineoffsets=layers, linelengths=0.8, linewidths=0.7, colors=colour)
+            for layer, row in enumerate(rows):
+                axes.annotate(str(len(row)), (1.01, layer), xycoords=("axes fraction", "data"), va="center")
+            total, size = sum(map(len, rows)), len(rows) * width
+            axes.set_title(f"{method}: {total:,} of {size:,} neurons in\n{name}")
+            axes.set(xlim=(-0.01 * width, 1.01 * width), xlabel="neuron")
+            axes.set(ylim=(-0.6, len(rows) - 0.4), yticks=layers[:: 1 + len(rows) // 16], ylabel="layer")
+    return figure
+
+
+@_drawing
+def residual_figure(results: dict[str, Any]) -> Figure:
+    """How far the edit moved hidden states: relative norms per layer, residuals at the steering layer.
+
+    Raises InputError where results["residuals"] holds neither MIP nor random.
+    """
+    from matplotlib.figure import Figure
+
+    methods, steering = _methods(results, "residuals"), results["steering_layer"]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(f"How far the edit moved hidden states (seed {results['seeds'][0]})")
+    norms, *scatters = figure.subplots(1, 1 + len(methods), width_ratios=[1.2, *(1 for _ in methods)])
+    norms.axvline(steering, color=PALE, linewidth=6, zorder=0)
+    every: list[list[float]] = []
+    for method, axes in zip(methods, scatters, strict=True):
+        line = "-" if method == "MIP" else "--"
+        for group, marker in (("forget", "o"), ("retain", "^")):
+            residual, colour = results["residuals"][method][group], COLOUR[group]
+            label = f"{method}, {group}"
+            norms.plot(residual["relative_norm"], color=colour, ls=line, marker=marker, ms=4, label=label)
+            xs, ys = zip(*residual["points"], strict=True) if residual["points"] else ((), ())
+            axes.scatter(xs, ys, 12, colour, marker=marker, alpha=0.6, linewidths=0)
+            every += residual["points"]
+        axes.set_title(f"{method}: residuals at layer {steering}")
+        axes.set_xlabel("principal axis 1")
+    scatters[0].set_ylabel("principal axis 2")
+    # one scale for all scatters, x and y alike: else a small cloud looks as large as a big one
+    ranges = [(min(values), max(values)) for values in zip(*every, strict=True)] or [(0.0, 0.0)] * 2
+    half = 0.55 * max(high - low for low, high in ranges) or 1.0
+    xlim, ylim = (((low + high) / 2 - half, (low + high) / 2 + half) for low, high in ranges)
+    for axes in scatters:
+        axes.set(xlim=xlim, ylim=ylim, aspect="equal")
+    norms.set_title(f"mean |edited − original| / |original|\n(grey band: steering layer {steering})")
+    norms.set(xlabel="layer", ylim=(0, None))
+    norms.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure], str]] = {
+    "accuracy.png": ("rows", accuracy_figure, "Accuracy by method, group and modality"),
+    "path.png": ("paths", path_figure, "Neurons of the path by stack and layer"),
+    "residuals.png": ("residuals", residual_figure, "How far hidden states moved, by layer and direction"),
+}
+
+
+def _drawable(results: dict[str, Any]) -> list[str]:
+    return [name for name, (key, _, _) in PICTURES.items() if key == "rows" or _found(results, key)]
+
+
+def _found(results: dict[str, Any], key: str) -> list[str]:
+    return [method for method in ("MIP", "random") if method in (results.get(key) or {})]
+
+
+def _methods(results: dict[str, Any], key: str) -> list[str]:
+    methods = _found(results, key)
+    if not methods:
+        holds = list(results.get(key) or {})
+        raise InputError(f"nothing to draw: results[{key!r}] holds {holds}, expected 'MIP', 'random' or both")
+    return methods
+
+
+def _stages(results: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    return [(stage, list(rows)) for stage, rows in groupby(results["rows"], key=lambda row: row["stage"])]
+
+
+def _values(row: dict[str, Any], group: str, modality: str) -> list[float]:
+    return row["accuracy"].get(group, {}).get(modality, [])
+
+
+def _cells(row: dict[str, Any], seeds: int) -> list[str]:
+    neurons = "–" if row["neurons"] is None else f"{row['neurons']:,}"
+    return [row["name"], neurons, *(_accuracy(_values(row, *column), seeds) for column in COLUMNS)]
+
+
+def _accuracy(values: list[float], seeds: int) -> str:
+    if not values:
+        return "–"
+    text = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return text if len(values) == seeds else f"{text} (n={len(values)})"
+
+
+def _seeds(results: dict[str, Any]) -> str:
+    count, seeds = len(results["seeds"]), ", ".join(map(str, results["seeds"]))
+    return f"one seed: {seeds}" if count == 1 else f"mean ± sample sd of {count} seeds: {seeds}"
+
+
+def _caption(results: dict[str, Any]) -> str:
+    return f"Accuracy in percent ({_seeds(results)}). Forget should be low, retain and general high."
+
+
+def _bar(axes: Axes, y: float, values: list[float], colour: str) -> None:
+    if not values:
+        axes.text(2, y, "not measured", va="center", fontsize=7.5, color="#707070")
+        return
+    mean, sd = fmean(values), stdev(values) if len(values) > 1 else 0.0
+    axes.barh(y, mean, height=0.36, color=colour, xerr=sd or None, error_kw={"elinewidth": 0.9})
+    axes.text(mean + sd + 2, y, f"{mean:.1f}", va="center", fontsize=7.5)
