@@ -84,6 +84,12 @@ def test_nothing_shadows_another_package_from_the_checkout():
     assert not (ROOT / "conftest.py").exists()
 
 
+def test_every_source_folder_is_a_package():
+    # setup.py finds packages by __init__.py: a folder without one works in the checkout and is missing in the wheel
+    for file in SOURCES:
+        assert (file.parent / "__init__.py").exists(), f"{file.parent.name} would not be installed"
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
