@@ -106,7 +106,8 @@ def misdirect(
                 raise DivergedError(
                     f"the loss of step {len(losses)} is {loss.item()}; lower lr ({config.lr}) or steering_coeff"
                 )
-            loss.backward()
+            if loss.requires_grad:  # not where a vision path meets batches without pictures
+                loss.backward()
             if not losses:
                 idle = _check_gradients(trainers)
             optimizer.step()
