@@ -35,14 +35,15 @@ __all__ = [
     "MipfastError",
     "ModelError",
     "__version__",
+    "attacks",
     "ops",
     *_HOMES,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return import_module("mipfast.ops")
+    if name in ("attacks", "ops"):
+        return import_module(f"mipfast.{name}")
     if name in _HOMES:
         return getattr(import_module(f"mipfast.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'mipfast' has no attribute {name!r}")

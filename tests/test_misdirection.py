@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
+
 from mipfast import NeuronPath, RMisUConfig, find_sites, misdirect, prune
 from mipfast.errors import DivergedError, InputError
-from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 
 def llama():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny import tiny_llama, tiny_qwen_vl
+
 from mipfast import Attribution, NeuronPath, find_sites
 from mipfast.errors import ArtefactError, InputError
-from tiny import tiny_llama, tiny_qwen_vl
 
 FINGERPRINT = {"stacks": {"text": [2, 4]}, "weights": "w"}
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
+
 from mipfast import NeuronPath, find_sites, prune
 from mipfast.errors import ArtefactError, InputError
 from mipfast.pruning import active_prunes
-from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 
 def bits(model):

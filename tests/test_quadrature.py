@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mipfast.errors import InputError
 from mipfast.quadrature import RULES, quadrature
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tiny import image_batch, text_batch, tiny_llama, tiny_moe, tiny_qwen_vl
+
 from mipfast import (
     InputError,
     LocateConfig,
@@ -16,7 +18,6 @@ from mipfast import (
 )
 from mipfast.errors import DivergedError
 from mipfast.pruning import active_prunes
-from tiny import image_batch, text_batch, tiny_llama, tiny_moe, tiny_qwen_vl
 
 
 def test_unlearn_edits_the_located_neurons_of_both_towers_and_no_others():

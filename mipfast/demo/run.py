@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mipfast.attacks import relearned
 from mipfast.attribution import Attribution, locate, versions
 from mipfast.demo import model as tiny
 from mipfast.demo import people
+from mipfast.errors import ArtefactError
 from mipfast.evaluation import evaluate
 from mipfast.files import write_atomic
 from mipfast.misdirection import RMisUConfig, misdirect
@@ -34,6 +36,7 @@ GROUPS, MODALITIES = ("forget", "retain", "general"), ("text", "image")
 REFERENCE_SEEDS, REFERENCE_RATIO = (0, 1, 2), 0.10  # forget sets the shipped retrained references never saw
 PRUNE_FRACTION = 0.15
 STEERING_LAYER, STEPS = 3, 80
+RELEARN_STEPS = 5
 LOCATE_FORGET, LOCATE_RETAIN = 75, 40  # training questions scored, per modality and group
 BATCH = {"forget": 24, "retain": 16, "general": 8}  # questions per RMisU step
 
@@ -56,6 +59,7 @@ SETTINGS = {
     "IFI only": Setting(0.1, 3e-3, 1.0),
     "plain RMU": Setting(1.0, 1e-3, 1.0),
 }
+RELEARNED = ("MIP", "random", "plain RMU", "retrained")
 NOTES = {
     "before": "the shipped model, trained on everybody",
     "snr": "columns zeroed: the 15 % of text neurons with the largest IGI signal-to-noise, forget over the rest",
@@ -127,6 +131,20 @@ class Trial:
         if row == "random":
             return NeuronPath.random(self.sites, text | vision, self.seed)
         return {"MIP": text | vision, "IGI only": text, "IFI only": vision, "plain RMU": NeuronPath()}[row]
+
+    def relearning(self, model: nn.Module | None = None) -> dict[str, float]:
+        """Percent right by modality about the last two forget people, after a few steps on the others."""
+        model = model or self.model
+        *known, a, b = sorted(self.split.forget_people)
+        rng = random.Random(f"relearn {self.seed}")
+        pool = [q for q in self.split.select("forget", test=False) if q.subject in known]
+        batches = [self.encoder.batch(rng.choices(pool, k=BATCH["forget"]), rng) for _ in range(RELEARN_STEPS)]
+        with self._timed("relearn"), relearned(model, batches):
+            return {
+                kind: evaluate(model, self.encoder.batches([q for q in unseen if q.subject in (a, b)])).accuracy
+                for kind in MODALITIES
+                if (unseen := self.split.select("forget", test=True, modality=kind))
+            }
 
     @contextmanager
     def pruned(self, path: NeuronPath) -> Iterator[None]:
@@ -244,6 +262,8 @@ def run(seeds: list[int], ratio: float, out: Path, retrain: bool = False, progre
         results["runs"].append(_run_seed(trial, ratio, out, results, first=seed == seeds[0]))
     results["rows"] = [_row(name, stage, results["runs"]) for name, stage in ROWS.items()]
     results["limits"] = _limits(results["rows"])
+    if ratio > 0.05:
+        results["limits"].append(_relearning(results["runs"]))
     stages = [run["seconds"] for run in results["runs"]]
     results["seconds"] = {stage: round(sum(s[stage] for s in stages), 1) for stage in stages[0]}
     results["seconds"]["all"] = round(time.monotonic() - started, 1)
@@ -258,6 +278,8 @@ def _run_seed(trial: Trial, ratio: float, out: Path, results: dict[str, Any], fi
     def judge(row: str, neurons: int | None, model: nn.Module | None = None, edit: dict | None = None) -> None:
         accuracy, answers = trial.judge(model)
         rows[row] = {"accuracy": accuracy, "neurons": neurons, "edit": edit}
+        if len(trial.split.forget_people) > 2 and row in RELEARNED:
+            rows[row]["relearned"] = trial.relearning(model)
         predictions[row] = [answers[q] for q in trial.questions]
         shown = "  ".join(f"{g} {accuracy[g]['text']:5.1f} /{accuracy[g]['image']:5.1f}" for g in GROUPS)
         log.info("%-12s text / image  %s", row, shown)
@@ -320,9 +342,21 @@ def _limits(rows: list[dict[str, Any]]) -> list[str]:
         "Toy scale: 2.3 M parameters, 48 invented people. Nothing here is evidence about a 3B model.",
         f"After RMisU, retain minus forget is {located:.1f} points with located neurons and {random_:.1f} with "
         "random ones of the same budget. RMisU is what unlearns; where locating shows is the prune-only stage.",
-        "RMisU hides more than it removes: expect part of the knowledge back after a few steps of relearning. "
-        "This demo does not measure it yet.",
     ]
+
+
+def _relearning(runs: list[dict[str, Any]]) -> str:
+    """What comes back about two forget people when the model is shown the others again."""
+    shown = []
+    for row in RELEARNED:
+        found = [run["rows"][row]["relearned"] for run in runs if row in run["rows"]]
+        if found:
+            text, image = (sum(f[kind] for f in found) / len(found) for kind in MODALITIES)
+            shown.append(f"{row} {text:.0f} / {image:.0f}")
+    return (
+        f"RMisU hides more than it removes. {RELEARN_STEPS} steps of relearning on the other forget people bring back, "
+        f"for the last two (text / image, percent): {'; '.join(shown)}."
+    )
 
 
 def _path_facts(trial: Trial, path: NeuronPath) -> dict[str, Any]:
@@ -342,12 +376,11 @@ def _residuals(trial: Trial, hidden: dict[str, dict[str, torch.Tensor]]) -> dict
     edits = [row for row in hidden if row != "before"]
     moved = {(row, g): hidden[row][g] - hidden["before"][g] for row in edits for g in ("forget", "retain")}
     stacked = torch.cat([m[STEERING_LAYER] for m in moved.values()]).double()
-    centre = stacked.mean(0)
-    axes = torch.linalg.svd(stacked - centre, full_matrices=False).Vh[:2].T
+    axes = torch.linalg.svd(stacked, full_matrices=False).Vh[:2].T  # not centred: the origin is "did not move"
     out: dict[str, Any] = {row: {} for row in edits}
     for (row, group), m in moved.items():
         relative = m.norm(dim=-1) / hidden["before"][group].norm(dim=-1)
-        points = (m[STEERING_LAYER].double() - centre) @ axes
+        points = m[STEERING_LAYER].double() @ axes
         out[row][group] = {
             "relative_norm": [round(v, 4) for v in relative.mean(1).tolist()],
             "points": [[round(x, 3) for x in p] for p in points.tolist()],
@@ -378,6 +411,10 @@ def load_base() -> tuple[nn.Module, tiny.Encoder]:
     from transformers import AutoTokenizer
 
     folder = WEIGHTS / "base"
+    if not (folder / "model.safetensors").is_file():
+        raise ArtefactError(
+            f"{folder} holds no model.safetensors: the demo's shipped weights are missing; reinstall mipfast"
+        )
     world = people.build(seed=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = tiny.image_processor_class().from_pretrained(folder)
