@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KERNEL_TESTS = ["test_riemann_accumulate.py"]
+KERNEL_TESTS = ["test_riemann_accumulate.py", "test_locate_backends.py"]
 
 
 def interpreter_trouble():

@@ -1,0 +1,32 @@
+"""Every usable backend of riemann_accumulate gives `locate` the same scores and path.
+
+Triton runs here on a GPU, or on the CPU when TRITON_INTERPRET=1 (which tests/test_interpreter.py sets).
+"""
+
+import pytest
+import torch
+from tiny import image_batch, text_batch, tiny_qwen_vl
+
+from mipfast import backend as backends
+from mipfast import locate, ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("name", [name for name, usable, _ in backends.status() if usable and name != "reference"])
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_backends_agree_through_locate(name, modality, monkeypatch):
+    model = tiny_qwen_vl().to(DEVICE)
+    batch = text_batch(model, [9, 7], [2, 1]) if modality == "text" else image_batch(model, 2, size=[56, 84])
+    batch = {key: value.to(DEVICE) for key, value in batch.items()}
+    with ops.backend("reference"):
+        want = locate(model, batch, modality=modality)
+    calls = []
+    real = ops.riemann_accumulate
+    monkeypatch.setattr(ops, "riemann_accumulate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    with ops.backend(name):
+        found = locate(model, batch, modality=modality)
+    assert len(calls) == found.scores.shape[1], "locate asks this op once per layer"
+    off = (found.scores - want.scores).abs().amax(-1)
+    assert (off <= 1e-5 * want.scores.abs().amax(-1)).all()
+    assert torch.equal(found.path, want.path)
