@@ -54,9 +54,9 @@ class Setting:
 # all.
 SETTINGS = {
     "MIP": Setting(0.1, 3e-3, 1.0),
-    "random": Setting(0.1, 3e-3, 1.0),
-    "IGI only": Setting(0.1, 3e-3, 1.0),
-    "IFI only": Setting(0.1, 3e-3, 1.0),
+    "random": Setting(0.1, 1e-2, 1.0),
+    "IGI only": Setting(0.1, 1e-2, 1.0),
+    "IFI only": Setting(0.1, 1e-2, 1.0),
     "plain RMU": Setting(1.0, 1e-3, 1.0),
 }
 RELEARNED = ("MIP", "random", "plain RMU", "retrained")
