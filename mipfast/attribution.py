@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact
 from mipfast.positions import Batch, Labels, Positions
 from mipfast.quadrature import quadrature
-from mipfast.replay import Replay
+from mipfast.replay import Replay, plan
 from mipfast.sites import Sites, Stack, find_sites
 
 log = logging.getLogger("mipfast")
@@ -187,15 +187,12 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
 
 
 Located = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, set[int]]
+Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
+Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
 
 
 def _with_memory(
-    model: nn.Module,
-    stack: Stack,
-    batch: Batch,
-    config: LocateConfig,
-    nodes: torch.Tensor,
-    weights: torch.Tensor,
+    model: nn.Module, stack: Stack, batch: Batch, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor
 ) -> Located:
     """One batch, with as many steps per replay as memory holds."""
     assert config.positions is not None
@@ -205,7 +202,7 @@ def _with_memory(
         steps = max(1, min(steps, config.memory_budget // _bytes_per_copy(captured)))
     while True:
         try:
-            return _search(captured, config, nodes.split(steps), weights.split(steps))
+            return _search(captured, config, nodes, weights, steps)
         except torch.OutOfMemoryError:
             if steps == 1:
                 raise
@@ -220,35 +217,29 @@ def _bytes_per_copy(captured: Capture) -> int:
     return captured.stack.num_layers * captured.tokens * per_token * output.weight.element_size()
 
 
-def _search(
-    captured: Capture,
-    config: LocateConfig,
-    nodes: tuple[torch.Tensor, ...],
-    weights: tuple[torch.Tensor, ...],
-) -> Located:
+def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int) -> Located:
     """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
     n, device = captured.num_samples, captured.rows.sample.device
     groups = captured.rows.groups(n)
-    replays = [Replay(captured, len(alphas)) for alphas in nodes]
-    at_zero, zero = Replay(captured, 1), torch.zeros(1)
-    full = objective_value(captured.logits, captured.labels, config.objective)
+
+    def value_of(logits: torch.Tensor) -> torch.Tensor:
+        return objective_value(logits, captured.labels, config.objective)
+
+    chunks, zero = _chunks(captured, nodes, weights, steps, value_of)
+    full = value_of(captured.logits)
     scores, paths, residuals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
         s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
-        for replay, alphas, w in zip(replays, nodes, weights, strict=True):
-            grad, along_path = _gradient(replay, act, alphas, config.objective)
-            carried += w.to(carried) @ along_path
-            if grad is not None:
+        for chunk in chunks:
+            part, along_path = chunk.score(act, groups, value_of)
+            carried += chunk.weights.to(carried) @ along_path
+            if part is not None:
                 found = True
-                part = ops.riemann_accumulate(grad, w.to(act.device), act=act, groups=groups)
                 for total, new in zip((s1, s2), part, strict=True):
-                    total += (
-                        new if groups else torch.zeros_like(total).index_add_(0, captured.rows.sample, new.to(total))
-                    )
-        with torch.no_grad():
-            off = objective_value(at_zero.run(torch.zeros_like(act)[None]), captured.labels, config.objective)
-        change = full - off
+                    rows = torch.zeros_like(total)
+                    total += new if groups else rows.index_add_(0, captured.rows.sample, new.to(total))
+        change = full - zero.value(act, value_of)
         residual = (s1.sum(1) + carried - change).abs()
         residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
         score = s1 if config.score == "igi" else s2
@@ -264,38 +255,185 @@ def _search(
         paths.append(path)
         if layer + 1 < captured.stack.num_layers:
             scaled = path[captured.rows.sample] if config.search == "greedy" else None
-            for replay, alphas in zip([at_zero, *replays], [zero, *nodes], strict=True):
-                _advance(replay, act, alphas, scaled, carry=replay is not at_zero)
+            for chunk in (zero, *chunks):
+                chunk.advance(act, scaled)
     stacked = torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), torch.stack(residuals, 1).cpu()
     return *stacked, captured.labels.mask.sum(1).cpu(), dead
 
 
-def _gradient(
-    replay: Replay, act: torch.Tensor, alphas: torch.Tensor, objective: str
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(dF/da [m,R,F] or None, dF/d alpha through the path's earlier neurons [m,n])."""
-    leaf = ops.riemann_interpolate(act, alphas.to(act)).requires_grad_()
-    moving = [(s.requires_grad_(), t) for s, t in zip(replay.states, replay.tangents, strict=True) if t is not None]
-    with torch.enable_grad():
-        value = objective_value(replay.run(leaf), replay.capture.labels, objective)
-        inputs = [leaf, *(state for state, _ in moving)]
-        grad, *state_grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
-    along_path = torch.zeros(replay.copies, replay.capture.num_samples, dtype=value.dtype, device=value.device)
-    for state_grad, (_, tangent) in zip(state_grads, moving, strict=True):
-        if state_grad is not None:
-            along_path += replay.per_sample(state_grad.to(value) * tangent.to(value))
-    return grad, along_path
+def _chunks(
+    captured: Capture, nodes: torch.Tensor, weights: torch.Tensor, steps: int, value_of: Objective
+) -> tuple[list[_Chunk], _Chunk]:
+    """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs).
+
+    Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
+    route, clean = plan(captured)
+    kind = _Added if clean else _Overwritten
+    chunks: list[_Chunk] = []
+    scaled = torch.ones_like(nodes, dtype=torch.bool)
+    if clean and bool((unit := nodes == 1).any()):
+        scaled = ~unit
+        gradients = Replay(route, 1).clean_gradients(value_of)
+        chunks.append(_Clean(Replay(route, 1), nodes[unit], weights[unit], clean.states, gradients))
+    for alphas, w in zip(nodes[scaled].split(steps), weights[scaled].split(steps), strict=True):
+        if len(alphas):
+            chunks.append(kind(Replay(route, len(alphas)), alphas, w))
+    zero = torch.zeros(1)
+    return chunks, kind(Replay(route, 1), zero, zero)
 
 
-def _advance(replay: Replay, act: torch.Tensor, alphas: torch.Tensor, path: torch.Tensor | None, carry: bool) -> None:
-    """Overwrite the block's clean activations, the path's [R,k] entries times alpha, and move on."""
-    if path is None:
-        replay.advance(act.expand(replay.copies, *act.shape), None)
-        return
-    values = ops.riemann_interpolate(act, alphas.to(act), neurons=path)
-    # d values / d alpha: the activation on the path, zero elsewhere
-    tangent = act - ops.riemann_interpolate(act, torch.zeros(1).to(act), neurons=path)[0] if carry else None
-    replay.advance(values, tangent.expand_as(values) if tangent is not None else None)
+class _Chunk:
+    """Some nodes of the quadrature on their way through the layers."""
+
+    def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor):
+        self.replay, self.alphas, self.weights = replay, alphas, weights
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""
+        raise NotImplementedError
+
+    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
+        """F [n] of one copy with the next block's neurons scaled; nothing is differentiated."""
+        raise NotImplementedError
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        """Past the next block: clean activations, the path's [R,k] entries times alpha."""
+        raise NotImplementedError
+
+    def _moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """States that depend on alpha through the path, as leaves, and their tangents."""
+        pairs = zip(self.replay.states, self.replay.tangents, strict=True)
+        return [(state.requires_grad_(), tangent) for state, tangent in pairs if tangent is not None]
+
+    def _along(
+        self, gradients: Sequence[torch.Tensor | None], tangents: Sequence[torch.Tensor], like: torch.Tensor
+    ) -> torch.Tensor:
+        total = like.new_zeros(self.replay.copies, self.replay.capture.num_samples)
+        for gradient, tangent in zip(gradients, tangents, strict=True):
+            if gradient is not None:
+                total += self.replay.per_sample(gradient.to(like) * tangent.to(like))
+        return total
+
+
+class _Overwritten(_Chunk):
+    """The native way: the block runs with its FFN's inner activations overwritten, and is differentiated."""
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        leaf = ops.riemann_interpolate(act, self.alphas.to(act.device)).requires_grad_()
+        moving = self._moving()
+        with torch.enable_grad():
+            value = value_of(self.replay.run(leaf))
+            inputs = [leaf, *(state for state, _ in moving)]
+            grad, *state_grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+        along = self._along(state_grads, [tangent for _, tangent in moving], value)
+        if grad is None:
+            return None, along
+        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups), along
+
+    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
+        with torch.no_grad():
+            return value_of(self.replay.run(ops.riemann_interpolate(act, self.alphas.to(act.device))))
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        if path is None:
+            self.replay.advance(act.expand(self.replay.copies, *act.shape), None)
+            return
+        values = ops.riemann_interpolate(act, self.alphas.to(act.device), neurons=path)
+        tangent = _on_path(act, path).repeat(len(values), 1, 1) if self.weights.any() else None
+        self.replay.advance(values, tangent)
+
+
+class _Added(_Chunk):
+    """Where blocks add their FFN's output: the block runs once, silent, and alpha W a is added to its output."""
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        state = self._scaled(act).requires_grad_()
+        earlier = self._moving()
+        with torch.enable_grad():
+            self.replay.push(state, None)
+            value = value_of(self.replay.run())
+            self.replay.drop()
+            inputs = [state, *(s for s, _ in earlier)]
+            grad, *state_grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+        tangents = [tangent for _, tangent in earlier]
+        if self._moved is not None:
+            state_grads, tangents = [grad, *state_grads], [self._moved, *tangents]
+        along = self._along(state_grads, tangents, value)
+        if grad is None:
+            return None, along
+        return self._project(self.replay.at_rows(grad), act, groups), along
+
+    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
+        with torch.no_grad():
+            self.replay.push(self._scaled(act), None)
+            value = value_of(self.replay.run())
+        self.replay.drop()
+        return value
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        weight = self._weight()
+        if path is None:
+            self.replay.push(
+                self.replay.add_rows(self._silent, (act @ weight.T).expand(self.replay.copies, -1, -1)), None
+            )
+            return
+        state = self.replay.add_rows(
+            self._silent, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
+        )
+        self.replay.push(state, self._tangent(act, path))
+
+    def _scaled(self, act: torch.Tensor) -> torch.Tensor:
+        """The next block's output with its neurons at alpha times their clean value."""
+        self._silent, self._moved = self.replay.silent(carry=self._carries())
+        return self.replay.add_rows(self._silent, ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
+
+    def _carries(self) -> bool:
+        return any(tangent is not None for tangent in self.replay.tangents)
+
+    def _tangent(self, act: torch.Tensor, path: torch.Tensor) -> torch.Tensor | None:
+        """d output / d alpha: what the earlier path moves, and this block's path neurons."""
+        if not self.weights.any():
+            return None
+        own = (_on_path(act, path) @ self._weight().T).expand(self.replay.copies, -1, -1)
+        return self.replay.add_rows(torch.zeros_like(self._silent) if self._moved is None else self._moved, own)
+
+    def _project(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
+        return ops.project_accumulate(grad, self._weight(), self.weights.to(act.device), act=act, groups=groups)
+
+    def _weight(self) -> torch.Tensor:
+        return self.replay.capture.stack.outputs[len(self.replay.states)].weight
+
+
+class _Clean(_Added):
+    """The node alpha = 1: states and gradients of every block come from one pass; only tangents are carried."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        alphas: torch.Tensor,
+        weights: torch.Tensor,
+        states: list[torch.Tensor],
+        gradients: list[torch.Tensor | None],
+    ):
+        super().__init__(replay, alphas, weights)
+        self._states, self._gradients = states, gradients
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        layer = len(self.replay.states)
+        self._silent, self._moved = self._states[layer], None
+        if self._carries():
+            self._moved = self.replay.silent(carry=True)[1]
+        grad = self._gradients[layer]
+        along = self._along([grad], [self._moved], act) if self._moved is not None else self._along([], [], act)
+        return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        self.replay.push(self._silent, None if path is None else self._tangent(act, path))
+
+
+def _on_path(act: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """The activations [R,F] of the path's neurons, zero elsewhere: d (scaled activations) / d alpha."""
+    return act - ops.riemann_interpolate(act, act.new_zeros(1), neurons=path)[0]
 
 
 @contextmanager

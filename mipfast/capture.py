@@ -4,6 +4,7 @@ natively."""
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ from torch import nn
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows
+from mipfast.prefix import Prefix, Recording, UnsupportedAttention, recording
 from mipfast.sites import Stack
+
+log = logging.getLogger("mipfast")
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
     base model for a vision stack. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their
-    sample. activations[l]: clean down-projection inputs [R,F] at rows. logits [n,q,V]: the clean run's, at the label
-    positions."""
+    sample. activations[l]: clean down-projection inputs [R,F] at rows; outputs[l]: clean block outputs [R,H] there.
+    base_output: what the head's wrapper got from the base model. logits [n,q,V]: the clean run's, at the label
+    positions. recording: of a text stack's attention, where it can be;
+    prefix: set in a capture that `suffix` has cut down to the tokens that can change."""
 
     model: nn.Module
     stack: Stack
@@ -33,7 +39,11 @@ class Capture:
     rows: Rows
     token_sample: torch.Tensor
     activations: list[torch.Tensor]
+    outputs: list[torch.Tensor]
     logits: torch.Tensor
+    recording: Recording | None
+    base_output: Any
+    prefix: Prefix | None = None
 
     @property
     def tokens(self) -> int:
@@ -45,17 +55,30 @@ class Capture:
 
 
 def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool) -> Capture:
-    """Run the model once without gradient. Raises InputError for an unusable batch, DivergedError for non-finite
-    activations."""
+    """Run the model once without gradient, recording a text stack's attention where that is possible. Raises InputError
+    for an unusable batch, DivergedError for non-finite activations."""
+    try:
+        return _capture(model, stack, batch, positions, vision, record=not vision)
+    except UnsupportedAttention as error:
+        log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
+        return _capture(model, stack, batch, positions, vision, record=False)
+
+
+def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool, record: bool) -> Capture:
     labels = find_labels(batch)
     entry = base_model(model) if vision else model.get_decoder()
     seen: dict[str, Any] = {}
     activations: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
     def keep_kwargs(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        signature = inspect.signature(type(module).forward)
+        bound = dict(signature.bind_partial(module, *args, **kwargs).arguments)
         bound.pop("self")
-        seen["kwargs"] = {**bound, **bound.pop("kwargs", {})}
+        for name, parameter in signature.parameters.items():
+            if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
+        seen["kwargs"] = bound
 
     def keep_activations(module: nn.Module, args: tuple) -> None:
         flat = args[0].detach().reshape(-1, args[0].shape[-1])
@@ -66,10 +89,21 @@ def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision
             seen["rows"] = Rows(rows.sample.to(flat.device), rows.index.to(flat.device))
         activations.append(flat[seen["rows"].index])
 
+    def keep_base_output(module: nn.Module, args: tuple, output: Any) -> None:
+        seen["base_output"] = output
+
+    def keep_outputs(module: nn.Module, args: tuple, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        outputs.append(state.detach().reshape(-1, state.shape[-1])[seen["rows"].index])
+
     with ExitStack() as hooks:
+        seen["recording"] = hooks.enter_context(recording(entry)) if record else None
+        hooks.enter_context(removing(base_model(model).register_forward_hook(keep_base_output)))
         hooks.enter_context(removing(entry.register_forward_pre_hook(keep_kwargs, with_kwargs=True)))
         for output in stack.outputs:
             hooks.enter_context(removing(output.register_forward_pre_hook(keep_activations)))
+        for block in stack.blocks:
+            hooks.enter_context(removing(block.register_forward_hook(keep_outputs)))
         hooks.enter_context(label_states(model, labels))
         with torch.no_grad():
             logits = model(**without_labels(batch), use_cache=False).logits
@@ -93,7 +127,10 @@ def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision
         seen["rows"],
         seen["token_sample"],
         activations,
+        outputs,
         logits,
+        seen["recording"],
+        seen["base_output"],
     )
 
 
@@ -104,6 +141,14 @@ def base_model(model: Any) -> nn.Module:
 
 def without_labels(batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def with_states(output: Any, states: torch.Tensor) -> Any:
+    """A base model's output with other hidden states; wrappers also read rope_deltas, image_hidden_states and the
+    like."""
+    if isinstance(output, tuple):
+        return (states, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": states})
 
 
 @contextmanager
@@ -123,7 +168,7 @@ def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
         states = output[0]
         index = labels.index.to(states.device).repeat(len(states) // labels.num_samples, 1)
         picked = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-        return (picked,) if isinstance(output, tuple) else type(output)(last_hidden_state=picked)
+        return with_states(output, picked)
 
     with removing(base_model(model).register_forward_hook(gather)):
         yield

@@ -2,14 +2,19 @@
 
 The model's own code runs: `entry` is called again with its clean arguments tiled m times, and blocks before l return
 what they returned when the path was advanced over them. Copies are step-major (row k·n + i), so tiling needs no
-knowledge of a
-family: repeating whatever is concatenated over samples is always right.
+knowledge of a family: repeating whatever is concatenated over samples is always right.
+
+Two ways past a block. Natively, its FFN's inner activations are overwritten by a hook. Where the block adds its FFN's
+output to what else it does, it is enough to run it once with the neurons silent and to add their contribution to its
+output: then the block is never differentiated, and the path advances for free. `plan` tries which of them is exact.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +22,18 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mipfast.capture import Capture, base_model, label_states, removing, without_labels
+from mipfast.capture import Capture, base_model, label_states, removing, with_states, without_labels
+from mipfast.positions import Labels, Rows
+from mipfast.prefix import attending
+
+log = logging.getLogger("mipfast")
 
 # Arguments whose batch dimension is not the first, and arguments without one. position_ids are [n,S] or [3,n,S].
 BATCH_DIM = {"position_ids": -2}
 UNTILED = ("cache_position", "logits_to_keep")
 BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves every sample
+# Arguments of decoders with a token dimension, and which it is.
+TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
 
 
 class Replay:
@@ -37,43 +48,62 @@ class Replay:
         self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
         self.states: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
-        self._call: tuple[tuple, dict] = ((), {})
-        self._rest: tuple = ()  # what a block returns besides its state, in transformers 4
+        self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
+        self._rest: tuple | None = None  # what a block returns besides its state; None where it returns no tuple
 
-    def run(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits [m·n,q,V] at the label positions, with the next block's neurons overwritten by values [m,R,F]."""
-        capture, layer = self.capture, len(self.states)
-        base, entry = base_model(capture.model), capture.entry
-        call_entry = entry.forward if entry is base else entry
+    def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [m·n,q,V] at the label positions, the blocks in states skipped, and the next block's neurons
+        overwritten by values [m,R,F] where given."""
         with ExitStack() as patches:
-            patches.enter_context(_forward(base, lambda *_, **__: call_entry(**self._kwargs)))
-            for block, state in zip(capture.stack.blocks, self.states, strict=False):
-                patches.enter_context(_forward(block, lambda *_, _state=state, **__: self._output(_state)))
-            keep = capture.stack.blocks[layer].register_forward_pre_hook(self._keep_call, with_kwargs=True)
-            patches.enter_context(removing(keep))
-            patches.enter_context(self._overwritten(layer, values))
-            patches.enter_context(label_states(capture.model, capture.labels))
-            return capture.model(**without_labels(capture.batch), use_cache=False).logits
+            if values is not None:
+                patches.enter_context(self._overwritten(len(self.states), values))
+            return self._entered()
+
+    def clean_gradients(self, objective: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor | None]:
+        """d objective(logits) / d output of every block, in one unscaled pass over one copy."""
+        outputs: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, output: Any) -> Any:
+            state = output[0] if isinstance(output, tuple) else output
+            outputs.append(state if state.requires_grad else state.detach().requires_grad_())
+            return (outputs[-1], *output[1:]) if isinstance(output, tuple) else outputs[-1]
+
+        with ExitStack() as hooks, torch.enable_grad():
+            for block in self.capture.stack.blocks:
+                hooks.enter_context(removing(block.register_forward_hook(keep)))
+            value = objective(self._entered())
+            return list(torch.autograd.grad(value.sum(), outputs, allow_unused=True))
+
+    def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output of the next block with its neurons at the chosen positions silent, and with carry its derivative by
+        alpha."""
+        act = self.capture.activations[len(self.states)]
+        nothing = act.new_zeros(self.copies, *act.shape)
+        return self._block(nothing, torch.zeros_like(nothing) if carry else None)
 
     def advance(self, values: torch.Tensor, tangent: torch.Tensor | None) -> None:
-        """Take the block last run into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha
-        is tangent [m,R,F]; with tangent None no derivative is carried."""
-        layer = len(self.states)
-        (hidden, *args), kwargs = self._call
-        block = self.capture.stack.blocks[layer]
-        hidden = hidden.detach()
-        with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
-            if tangent is not None:
-                patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
-                values = forward_ad.make_dual(values, tangent)
-                if layer:
-                    hidden = forward_ad.make_dual(hidden, self.tangents[-1])
-            patches.enter_context(self._overwritten(layer, values))
-            output = block.forward(hidden, *args, **kwargs)
-            state, self._rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-            state, moved = forward_ad.unpack_dual(state)
-            self.states.append(state.detach().clone())
-            self.tangents.append(None if moved is None else moved.detach().clone())
+        """Take the next block into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha is
+        tangent [m,R,F]; with tangent None no derivative is carried."""
+        self.push(*self._block(values, tangent))
+
+    def push(self, state: torch.Tensor, tangent: torch.Tensor | None) -> None:
+        """Take a block's output into the states."""
+        self.states.append(state)
+        self.tangents.append(tangent)
+
+    def drop(self) -> None:
+        """Take the last block's output back out of the states."""
+        self.states.pop()
+        self.tangents.pop()
+
+    def at_rows(self, state: torch.Tensor) -> torch.Tensor:
+        """The chosen rows [m,R,H] of a state."""
+        return state.reshape(-1, state.shape[-1])[self._index].view(self.copies, -1, state.shape[-1])
+
+    def add_rows(self, state: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A copy of the state with values [m,R,H] added at the chosen rows."""
+        flat = state.reshape(-1, state.shape[-1])
+        return flat.index_add(0, self._index, values.reshape(-1, state.shape[-1]).to(flat)).view_as(state)
 
     def per_sample(self, values: torch.Tensor) -> torch.Tensor:
         """Sum values [m·tokens, ...] of one state over a sample's tokens and channels: [m,n]."""
@@ -81,14 +111,77 @@ class Replay:
         out = rows.new_zeros(self.copies, self.capture.num_samples)
         return out.index_add_(1, self.capture.token_sample, rows)
 
+    def _entered(self) -> torch.Tensor:
+        """The model from its entry on: blocks in states return them, the next block's arguments are kept."""
+        capture, layer = self.capture, len(self.states)
+        base, entry = base_model(capture.model), capture.entry
+        native = entry.forward if entry is base else None
+
+        def from_entry(*_: Any, **__: Any) -> Any:
+            if native:
+                return native(**self._kwargs)
+            return with_states(capture.base_output, entry(**self._kwargs)[0])
+
+        with ExitStack() as patches:
+            if capture.prefix:
+                patches.enter_context(attending(entry, capture.prefix))
+            patches.enter_context(_forward(base, from_entry))
+            for block, state in zip(capture.stack.blocks, self.states, strict=False):
+                patches.enter_context(_forward(block, lambda *_, _state=state, **__: self._output(_state)))
+            if layer < capture.stack.num_layers:
+                keep = capture.stack.blocks[layer].register_forward_pre_hook(self._keep_call, with_kwargs=True)
+                patches.enter_context(removing(keep))
+            patches.enter_context(label_states(capture.model, capture.labels))
+            return capture.model(**without_labels(capture.batch), use_cache=False).logits
+
+    def _block(self, values: torch.Tensor, tangent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(output, its derivative by alpha) of the next block, without gradient."""
+        layer = len(self.states)
+        block = self.capture.stack.blocks[layer]
+        if self._call[0] != layer:
+            self._reach(block)
+        _, (hidden, *args), kwargs, came_from = self._call
+        if came_from is not None and came_from is not self.states[-1]:
+            # the call was seen while the last block stood at another alpha; what lies between blocks only ever adds
+            hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from)
+        hidden = hidden.detach()
+        with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
+            if self.capture.prefix:
+                patches.enter_context(attending(self.capture.entry, self.capture.prefix))
+            if tangent is not None:
+                patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
+                values = forward_ad.make_dual(values, tangent)
+                if layer and self.tangents[-1] is not None:
+                    hidden = forward_ad.make_dual(hidden, self.tangents[-1])
+            patches.enter_context(self._overwritten(layer, values))
+            output = block.forward(hidden, *args, **kwargs)
+            state, self._rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            state, moved = forward_ad.unpack_dual(state)
+            if tangent is not None and moved is None:
+                moved = torch.zeros_like(state)
+            return state.detach().clone(), None if moved is None else moved.detach().clone()
+
+    def _reach(self, block: nn.Module) -> None:
+        """Run up to a block that no replay has reached yet, for its arguments."""
+
+        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._keep_call(module, args, kwargs)
+            raise _Reached
+
+        with torch.no_grad(), removing(block.register_forward_pre_hook(stop, with_kwargs=True)):
+            try:
+                self._entered()
+            except _Reached:
+                pass
+
     def _keep_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not args:
             kwargs = dict(kwargs)
             args = (kwargs.pop("hidden_states"),)
-        self._call = (args, kwargs)
+        self._call = (len(self.states), args, kwargs, self.states[-1] if self.states else None)
 
     def _output(self, state: torch.Tensor) -> Any:
-        return (state, *self._rest) if self._rest else state
+        return state if self._rest is None else (state, *self._rest)
 
     @contextmanager
     def _overwritten(self, layer: int, values: torch.Tensor) -> Iterator[None]:
@@ -100,6 +193,79 @@ class Replay:
 
         with removing(self.capture.stack.outputs[layer].register_forward_pre_hook(overwrite)):
             yield
+
+
+class _Reached(Exception):
+    """Ends a forward pass at a block whose arguments were wanted."""
+
+
+def plan(capture: Capture) -> tuple[Capture, Replay | None]:
+    """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
+    block's silent output plus its neurons' contribution as states), or (capture, None) for native replay.
+
+    The check costs one forward pass of one copy. It compares every block's output at the chosen rows with the clean
+    run's: wrong wherever a block does more with its FFN's output than add it, or attention over the prefix is not what
+    it was."""
+    if any(type(output) is not nn.Linear for output in capture.stack.outputs):
+        return capture, None
+    for candidate in filter(None, (suffix(capture), capture)):
+        clean = Replay(candidate, 1)
+        try:
+            with torch.no_grad():
+                exact = all(_adds(clean, layer) for layer in range(capture.stack.num_layers))
+        except Exception as error:  # a family whose glue cannot run on a suffix says so in its own words
+            log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
+            exact = False
+        if exact:
+            return candidate, clean
+    log.info("%s: blocks do more with their FFN than add it; replaying natively", type(capture.model).__name__)
+    return capture, None
+
+
+def _adds(clean: Replay, layer: int) -> bool:
+    """Whether the next block's silent output plus its neurons' contribution is its clean output; takes it as a
+    state."""
+    act, weight = clean.capture.activations[layer], clean.capture.stack.outputs[layer].weight
+    state, _ = clean.silent(carry=False)
+    clean.push(clean.add_rows(state, (act @ weight.T)[None]), None)
+    found, expected = clean.at_rows(clean.states[-1])[0], clean.capture.outputs[layer]
+    # 64 roundings of the state's dtype: a wrong mask or scale is off by far more
+    tolerance = 64 * torch.finfo(found.dtype).eps * expected.abs().max()
+    return bool((found - expected).abs().max() <= tolerance)
+
+
+def suffix(capture: Capture) -> Capture | None:
+    """The capture without the tokens before the first chosen position, which attend as a shared clean prefix, and
+    without those after the last label. None where there is nothing to cut, or the decoder's arguments do not say
+    how."""
+    if capture.recording is None:
+        return None
+    n, length = capture.num_samples, capture.tokens // capture.num_samples
+    position = capture.rows.index - capture.rows.sample * length
+    last = torch.maximum(position.max(), capture.labels.index.where(capture.labels.mask, 0).max())
+    start, stop = int(position.min()), int(last) + 1
+    prefix = capture.recording.suffix(start, stop)
+    if (start, stop) == (0, length) or prefix is None:
+        return None
+    kwargs: dict[str, Any] = {}
+    for name, value in capture.kwargs.items():
+        if name == "attention_mask" or not isinstance(value, torch.Tensor | list | dict):
+            kwargs[name] = None if name == "attention_mask" else value  # the recorded masks stand in
+        elif name in TOKEN_DIM and isinstance(value, torch.Tensor):
+            kwargs[name] = value.narrow(TOKEN_DIM[name], start, stop - start)
+        else:
+            return None
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = torch.arange(start, stop, device=position.device)[None]
+    index = (capture.labels.index - start).clamp(0, stop - start - 1)
+    return replace(
+        capture,
+        kwargs=kwargs,
+        labels=Labels(index, capture.labels.target, capture.labels.mask),
+        rows=Rows(capture.rows.sample, capture.rows.sample * (stop - start) + position - start),
+        token_sample=torch.arange(n, device=position.device).repeat_interleave(stop - start),
+        prefix=prefix,
+    )
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""Attention of many copies of a suffix over one clean prefix.
+
+In a causal decoder an intervention at positions >= start leaves every earlier token untouched. So only the tokens from
+start on run again, and all m copies attend to one set of recorded prefix keys and values, never repeated m times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+NAME = "mipfast_prefix"  # in transformers' registry of attention functions
+NATIVE = ("sdpa", "eager")  # what a decoder may use otherwise; both read an explicit mask
+
+
+@dataclass(eq=False)
+class Recording:
+    """What the decoder's attention modules saw in the clean run: keys, values [n,heads,S,d] after rotation, and the
+    mask [n or 1,1,S,S] (bool, or added to the scores)."""
+
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def suffix(self, start: int, stop: int) -> Prefix | None:
+        """None where some token before start looks at one from start on: the prefix would not stay clean."""
+        layers = {}
+        for module, (key, value, mask) in self.seen.items():
+            looks = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            if mask.shape[-1] != key.shape[2] or bool(looks[:, :, :start, start:].any()):
+                return None
+            layers[module] = (key[:, :, :start], value[:, :, :start], mask[:, :, start:stop, :stop])
+        return Prefix(start, stop, layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Tokens start..stop run again; layers[module]: keys and values [n,heads,start,d], mask [n or
+    1,1,stop-start,stop]."""
+
+    start: int
+    stop: int
+    layers: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class UnsupportedAttention(Exception):
+    """The decoder's attention takes arguments that `_attend` does not know."""
+
+
+@contextmanager
+def recording(decoder: Any) -> Iterator[Recording | None]:
+    """Record keys, values and masks of every attention module; None where the decoder's attention is not
+    transformers'."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    if getattr(decoder.config, "_attn_implementation", None) not in NATIVE:
+        yield None
+        return
+    record = Recording()
+
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+            raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask")
+        record.seen[module] = (key, value, mask[..., : key.shape[2]])
+        return _attend(query, key, value, mask, None, None, **kwargs), None
+
+    def explicit_mask(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    with _attention(decoder, attend):
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, explicit_mask)
+        try:
+            yield record
+        finally:
+            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[NAME]  # without it, decoders build no mask for NAME
+
+
+@contextmanager
+def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
+    """The decoder runs on tokens start..stop of copies of the batch; the mask it builds is not used."""
+
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        clean_key, clean_value, mask = prefix.layers[module]
+        return _attend(query, key, value, mask, clean_key, clean_value, **kwargs), None
+
+    with _attention(decoder, attend):
+        yield
+
+
+@contextmanager
+def _attention(decoder: Any, function: Any) -> Iterator[None]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = decoder.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[NAME] = function
+    decoder.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    clean_key: torch.Tensor | None,
+    clean_value: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **ignored: Any,
+) -> torch.Tensor:
+    """Softmax attention [m·n,S',heads,d] of suffix queries [m·n,heads,S',d] over the clean prefix (shared by the m
+    copies) and their own suffix keys. sliding_window is in the mask already."""
+    if any(ignored.get(name) is not None for name in ("s_aux", "sinks", "position_bias")):
+        raise UnsupportedAttention(f"attention sinks or biases: {sorted(ignored)}")
+    rows, heads, length, width = query.shape
+    n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]
+    m, group = rows // n, heads // shared
+    scaling = scaling if scaling is not None else width**-0.5
+    mask = mask.repeat(m if len(mask) > 1 else 1, 1, 1, 1)[:, :, None]  # [rows or 1,1,1,S',S]
+    q = query.reshape(rows, shared, group, length, width)
+    scores = q.flatten(2, 3) @ key.transpose(-1, -2)
+    scores = scores.view(rows, shared, group, length, -1)
+    if clean_key is not None and clean_key.shape[2]:
+        over_prefix = _regroup(q, m, n) @ clean_key.transpose(-1, -2)
+        scores = torch.cat([_ungroup(over_prefix, m, n, group, length), scores], -1)
+    scores = scores * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    split = scores.shape[-1] - key.shape[2]
+    out = weights[..., split:].flatten(2, 3) @ value
+    out = out.view(rows, shared, group, length, -1)
+    if split:
+        assert clean_value is not None
+        out = out + _ungroup(_regroup(weights[..., :split], m, n) @ clean_value, m, n, group, length)
+    return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
+
+
+def _regroup(x: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """[m·n,shared,group,S',x] -> [n,shared,m·group·S',x]: all copies and grouped heads are queries of one product."""
+    return x.unflatten(0, (m, n)).permute(1, 2, 0, 3, 4, 5).flatten(2, 4)
+
+
+def _ungroup(x: torch.Tensor, m: int, n: int, group: int, length: int) -> torch.Tensor:
+    """The inverse of `_regroup`."""
+    return x.unflatten(2, (m, group, length)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)
