@@ -36,10 +36,11 @@ class Slice:
 
 
 def neuron_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) -> tuple[list[Slice], list[Slice]]:
-    """(rows of the input projections and their biases, columns of the output projection) of some neurons of a block."""
+    """(slices of the parameters that write some neurons of a block, slices of those that read them): for nn.Linear rows
+    of the input projections and columns of the output projection."""
     place = sites[stack]
-    parameters = [p for linear in place.inputs[layer] for p in (linear.weight, linear.bias) if p is not None]
-    return [Slice(p, 0, index) for p in parameters], [Slice(place.outputs[layer].weight, 1, index)]
+    rows, columns = ([Slice(p, dim, index) for p, dim in part] for part in (place.rows(layer), place.columns(layer)))
+    return rows, columns
 
 
 class Pruned:
@@ -123,13 +124,10 @@ def prune(
     if mode == "weights":
         if positions != "all":
             raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
-        slices = []
-        for (stack, layer), indices in path.items():
-            rows, columns = neuron_slices(sites, stack, layer, indices)
-            slices += [*rows, *columns]
-        handle = Pruned(model, mode, slices, [], path)
-        for s in slices:
-            if s.dim == 1:
+        parts = [neuron_slices(sites, stack, layer, indices) for (stack, layer), indices in path.items()]
+        handle = Pruned(model, mode, [s for rows, columns in parts for s in (*rows, *columns)], [], path)
+        for _, columns in parts:
+            for s in columns:
                 s.write(torch.zeros_like(s.read()))
         return handle
     if mode != "activations":

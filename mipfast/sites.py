@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +20,37 @@ FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 @dataclass(frozen=True, eq=False)
 class Stack:
     """One tower of blocks. name: dotted name of its ModuleList; inputs[l]: the projections that write block l's neurons
-    (gate and up, or fc1); outputs[l]: the one that reads them, weight [hidden, num_neurons]."""
+    (gate and up, or fc1); outputs[l]: the one that reads them. transposed: weights are [in, out], as in GPT-2's Conv1D,
+    and not [out, in]. A projection may be PEFT's wrapper of one."""
 
     name: str
     blocks: tuple[nn.Module, ...]
-    inputs: tuple[tuple[nn.Linear, ...], ...]
-    outputs: tuple[nn.Linear, ...]
+    inputs: tuple[tuple[Any, ...], ...]
+    outputs: tuple[Any, ...]
+    num_neurons: int
+    transposed: bool
 
     @property
     def num_layers(self) -> int:
         return len(self.blocks)
 
-    @property
-    def num_neurons(self) -> int:
-        return self.outputs[0].in_features
+    def rows(self, layer: int) -> list[tuple[torch.Tensor, int]]:
+        """The parameters that write block l's neurons, biases and LoRA's B among them, each with the dimension along
+        which the neurons lie."""
+        found: list[tuple[torch.Tensor, int]] = []
+        for projection in self.inputs[layer]:
+            base = _base(projection)
+            found.append((base.weight, int(self.transposed)))
+            if base.bias is not None:
+                found.append((base.bias, 0))
+            found += [(p, 0) for adapter in getattr(projection, "lora_B", {}).values() for p in adapter.parameters()]
+        return found
+
+    def columns(self, layer: int) -> list[tuple[torch.Tensor, int]]:
+        """The same of the parameters that read them; the output projection's own weight comes first."""
+        projection = self.outputs[layer]
+        adapters = getattr(projection, "lora_A", {}).values()
+        return [(_base(projection).weight, 1 - self.transposed), *((adapter.weight, 1) for adapter in adapters)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +74,8 @@ class Sites:
         """Names and sizes of the stacks, and a hash over 1024 evenly spaced values of every output projection."""
         digest = hashlib.blake2b(digest_size=16)
         for stack in self.stacks:
-            for output in stack.outputs:
-                flat = output.weight.detach().reshape(-1)
+            for layer in range(stack.num_layers):
+                flat = stack.columns(layer)[0][0].detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
                 digest.update(sample.numpy().tobytes())
         sizes = {s.name: [s.num_layers, s.num_neurons] for s in self.stacks}
@@ -78,6 +96,7 @@ def find_sites(model: nn.Module) -> Sites:
     """The FFN stacks of a transformers model: every ModuleList whose blocks each hold one FFN output projection.
 
     Raises ModelError where there is none, or where experts are fused into one parameter."""
+    model = unwrapped(model)
     decoder = _decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names.get(id(decoder), "")
@@ -93,6 +112,11 @@ def find_sites(model: nn.Module) -> Sites:
             f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
         )
     return Sites(text[0], vision)
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel, whose own base_model is something else; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _decoder(model: Any) -> nn.Module:
@@ -113,27 +137,48 @@ def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
     if any(ffn is None for ffn in found):
         return None
     inputs, outputs = zip(*found, strict=True)
-    if len({output.in_features for output in outputs}) > 1:
-        sizes = sorted({output.in_features for output in outputs})
-        raise ModelError(f"the FFNs of {name} have different widths {sizes}; expected one width per stack")
-    return Stack(name, tuple(blocks), inputs, outputs)
+    widths = sorted({_sizes(output)[0] for output in outputs})
+    if len(widths) > 1:
+        raise ModelError(f"the FFNs of {name} have different widths {widths}; expected one width per stack")
+    return Stack(name, tuple(blocks), inputs, outputs, widths[0], _is_transposed(outputs[0]))
 
 
-def _ffn(block: nn.Module) -> tuple[tuple[nn.Linear, ...], nn.Linear] | None:
+def _ffn(block: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
     """(input projections, output projection) of a block that has exactly one FFN."""
     outputs = []
-    for name, module in block.named_modules():
+    for name, module in _projections(block):
         *parents, own = name.split(".")
-        if isinstance(module, nn.Linear) and own in OUTPUT_NAMES and any(p in FFN_NAMES for p in parents):
+        if own in OUTPUT_NAMES and any(p in FFN_NAMES for p in parents):
             outputs.append((".".join(parents), module))
     if len(outputs) != 1:
         return None
     parent, output = outputs[0]
-    siblings = block.get_submodule(parent).modules()
-    inputs = tuple(
-        m for m in siblings if isinstance(m, nn.Linear) and m.out_features == output.in_features and m is not output
-    )
-    return inputs, output
+    siblings = [module for _, module in _projections(block.get_submodule(parent)) if module is not output]
+    return tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
+
+
+def _projections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The projections below a module, by name; not the parts of a wrapped one."""
+    for name, child in module.named_children():
+        if isinstance(_base(child), nn.Linear) or _is_transposed(child):
+            yield prefix + name, child
+        else:
+            yield from _projections(child, f"{prefix}{name}.")
+
+
+def _base(projection: Any) -> Any:
+    """The projection itself inside PEFT's wrapper."""
+    return getattr(projection, "base_layer", projection)
+
+
+def _is_transposed(projection: nn.Module) -> bool:
+    return type(_base(projection)).__name__ == "Conv1D"
+
+
+def _sizes(projection: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a projection."""
+    base = _base(projection)
+    return (base.nx, base.nf) if _is_transposed(base) else (base.in_features, base.out_features)
 
 
 def neurons_valid(indices: torch.Tensor, stack: Stack) -> bool:

@@ -19,7 +19,10 @@ import torch
 from tiny import split
 
 TEXT = r"model\.(language_model\.)?layers\.\d+\.mlp\.down_proj"
-VISION = r"model\.visual\.blocks\.\d+\.mlp\.down_proj|model\.vision_tower\..*layers\.\d+\.mlp\.fc2"
+VISION = (
+    r"model\.visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)"
+    r"|model\.vision_tower\..*layers?\.\d+\.mlp\.fc2"
+)
 
 
 def slow_locate(
@@ -33,6 +36,7 @@ def slow_locate(
     objective="logprob",
     search="greedy",
     score=None,
+    stack=None,
 ):
     """-> scores [n, L, F], path [n, L, k], residual [n, L], all in the model's own precision."""
     text = modality == "text"
@@ -45,16 +49,17 @@ def slow_locate(
     for i in range(len(batch["input_ids"])):
         sample = split(batch, i, keep_padding=True)
         rule = nodes, weights
-        found.append(_one_sample(model, sample, text, positions, rule, top_k, objective, search, score))
+        found.append(_one_sample(model, sample, text, positions, rule, top_k, objective, search, score, stack or ""))
     scores, path, residual = zip(*found, strict=True)
     return torch.stack(scores), torch.stack(path), torch.stack(residual)
 
 
-def _one_sample(model, sample, text, positions, rule, top_k, objective, search, score):
+def _one_sample(model, sample, text, positions, rule, top_k, objective, search, score, stack):
     pattern = TEXT if text else VISION
-    layers = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+    layers = [m for name, m in model.named_modules() if re.fullmatch(pattern, name) and name.startswith(stack)]
     clean, value = _run(model, sample, layers, {}, None, objective)
-    rows = text_positions(sample, positions) if text else vision_positions(clean[0].shape[-2], positions)
+    tokens = clean[0].flatten(0, -2)
+    rows = text_positions(sample, positions) if text else vision_positions(len(tokens), positions)
     act = [a.flatten(0, -2)[rows] for a in clean]
 
     all_scores, path, residuals = [], [], []

@@ -25,6 +25,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 PAD, BOS, EOS, VISION_START, VISION_END, IMAGE = range(6)
 FIRST_WORD = 6  # the words are FIRST_WORD .. vocab - 1
 PATCH, MERGE = 14, 2
+TOKENWISE = ("input_ids", "attention_mask", "labels", "position_ids", "mm_token_type_ids", "token_type_ids")
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -246,7 +247,7 @@ def split(batch, i, keep_padding=False):
         keep = batch["attention_mask"][i].bool()
     one = {}
     for name, value in batch.items():
-        if name in ("pixel_values", "image_grid_thw"):
+        if name not in TOKENWISE:
             continue
         one[name] = value[:, i : i + 1, keep] if value.ndim == 3 else value[i : i + 1, keep]
     if "image_grid_thw" in batch:
@@ -259,9 +260,19 @@ def split(batch, i, keep_padding=False):
             one["pixel_values"] = batch["pixel_values"][start : start + count]
         else:
             one["position_ids"] = (one["attention_mask"].cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
-    elif "pixel_values" in batch:
-        one["pixel_values"] = batch["pixel_values"][i : i + 1]
+    else:
+        one |= {name: _own(value, batch, i) for name, value in batch.items() if name not in TOKENWISE}
     return one
+
+
+def _own(value, batch, i):
+    """Row i's part of what is not one row per token: one entry per row, or tiles in proportion to the image tokens."""
+    n = len(batch["input_ids"])
+    if len(value) == n:
+        return value[i : i + 1]
+    images = (batch["input_ids"] == IMAGE).sum(-1)
+    parts = (images * len(value) // images.sum()).tolist()
+    return value[sum(parts[:i]) : sum(parts[: i + 1])]
 
 
 def _pad(rows, answer_lengths, padding):
@@ -279,4 +290,4 @@ def _pad(rows, answer_lengths, padding):
 
 
 def _is_qwen(model):
-    return model.config.model_type.startswith("qwen2_5_vl")
+    return model.config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
