@@ -1,4 +1,4 @@
-"""Choose the demo's settings: four per row, judged on forget sets 100-102, which no reported number uses.
+"""Choose the demo's settings: eight per row, judged on forget sets 100-102, which no reported number uses.
 
     python bench/tune_demo.py [--seeds 100 101 102] [--rows MIP random ...] [--out bench/results/demo_tuning.json]
 
@@ -17,13 +17,15 @@ import torch
 from mipfast.demo import run
 from mipfast.demo.run import Setting, Trial
 
-PATH_GRID = [Setting(fraction, lr, 1.0) for fraction in (0.03, 0.10) for lr in (3e-3, 1e-2)]
+PATH_GRID = [Setting(fraction, lr, 0.5) for fraction in (0.03, 0.10) for lr in (3e-3, 1e-2)]
+PATH_GRID += [Setting(0.10, lr, alpha) for alpha in (0.25, 0.1) for lr in (3e-3, 1e-2)]
 GRID = {
     "MIP": PATH_GRID,
     "random": PATH_GRID,
     "IGI only": PATH_GRID,
     "IFI only": PATH_GRID,
-    "plain RMU": [Setting(1.0, lr, 1.0) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)],
+    "plain RMU": [Setting(1.0, lr, 0.5) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)]
+    + [Setting(1.0, lr, alpha) for alpha in (0.25, 0.1) for lr in (5e-4, 1e-3)],
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mipfast.errors import DivergedError
+from mipfast.modes import held
 from mipfast.positions import Batch
 
 
@@ -19,21 +20,16 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
     batches: some of the forgotten knowledge, as model(**batch) takes it, with labels. Judge inside the context on the
     *rest* of it: what comes back there was hidden, not removed. Raises DivergedError for a loss that is not finite."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     try:
-        for step, batch in enumerate(batches):
-            loss = model(**batch).loss
-            if not bool(loss.isfinite()):
-                raise DivergedError(f"relearning step {step} has loss {loss.item()}; lower lr ({lr})")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        with held(model, model.parameters()):
+            optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+            for step, batch in enumerate(batches):
+                loss = model(**batch).loss
+                if not bool(loss.isfinite()):
+                    raise DivergedError(f"relearning step {step} has loss {loss.item()}; lower lr ({lr})")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         yield
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
         model.load_state_dict(before)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from mipfast._version import __version__
 from mipfast.capture import Capture, capture
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact
+from mipfast.modes import held
 from mipfast.positions import Batch, Labels, Positions
 from mipfast.quadrature import quadrature
 from mipfast.replay import Replay, plan
@@ -99,7 +99,7 @@ class Attribution:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Attribution:
         """Raises ArtefactError for a missing or damaged file."""
-        tensors, report = load_artefact(folder, "attribution")
+        tensors, report = load_artefact(folder, "attribution", tensors=("scores", "path"), facts=("stack", "config"))
         return cls(tensors["scores"], tensors["path"], report)
 
 
@@ -127,7 +127,7 @@ def locate(
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
     batches = [batch] if isinstance(batch, Mapping) else batch
-    with _frozen(model):
+    with held(model):
         parts = [
             _with_memory(model, stack, one, config, nodes, weights)
             for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress)
@@ -153,11 +153,10 @@ def locate(
 
 
 def versions() -> dict[str, str]:
-    """Of everything a number may depend on."""
+    """Of what is loaded and a number may depend on."""
     found = {"python": sys.version.split()[0], "mipfast": __version__, "torch": torch.__version__}
-    if "transformers" in sys.modules:
-        found["transformers"] = sys.modules["transformers"].__version__
-    return found
+    loaded = {name: sys.modules.get(name) for name in ("transformers", "triton", "numpy")}
+    return found | {name: module.__version__ for name, module in loaded.items() if module}
 
 
 def objective_value(logits: torch.Tensor, labels: Labels, objective: str) -> torch.Tensor:
@@ -221,6 +220,7 @@ def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weight
     """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
     n, device = captured.num_samples, captured.rows.sample.device
     groups = captured.rows.groups(n)
+    counts = torch.bincount(captured.rows.sample, minlength=n)  # rows are sorted by sample
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective_value(logits, captured.labels, config.objective)
@@ -237,8 +237,7 @@ def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weight
             if part is not None:
                 found = True
                 for total, new in zip((s1, s2), part, strict=True):
-                    rows = torch.zeros_like(total)
-                    total += new if groups else rows.index_add_(0, captured.rows.sample, new.to(total))
+                    total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
         change = full - zero.value(act, value_of)
         residual = (s1.sum(1) + carried - change).abs()
         residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
@@ -323,8 +322,7 @@ class _Overwritten(_Chunk):
         moving = self._moving()
         with torch.enable_grad():
             value = value_of(self.replay.run(leaf))
-            inputs = [leaf, *(state for state, _ in moving)]
-            grad, *state_grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+            grad, *state_grads = _gradients(value, [leaf, *(state for state, _ in moving)])
         along = self._along(state_grads, [tangent for _, tangent in moving], value)
         if grad is None:
             return None, along
@@ -353,8 +351,7 @@ class _Added(_Chunk):
             self.replay.push(state, None)
             value = value_of(self.replay.run())
             self.replay.drop()
-            inputs = [state, *(s for s, _ in earlier)]
-            grad, *state_grads = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+            grad, *state_grads = _gradients(value, [state, *(s for s, _ in earlier)])
         tangents = [tangent for _, tangent in earlier]
         if self._moved is not None:
             state_grads, tangents = [grad, *state_grads], [self._moved, *tangents]
@@ -431,23 +428,13 @@ class _Clean(_Added):
         self.replay.push(self._silent, None if path is None else self._tangent(act, path))
 
 
+def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """d value.sum() / d input; None for an input that value does not depend on."""
+    if not value.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(value.sum(), inputs, allow_unused=True))
+
+
 def _on_path(act: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
     """The activations [R,F] of the path's neurons, zero elsewhere: d (scaled activations) / d alpha."""
     return act - ops.riemann_interpolate(act, act.new_zeros(1), neurons=path)[0]
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode without trainable parameters: no weight gradient is ever computed. Undone on the way out."""
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode

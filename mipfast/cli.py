@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
+
+from mipfast.errors import MipfastError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,6 +55,9 @@ def demo(
     """
     import torch
 
+    for module, extra in (("PIL", "data"), ("matplotlib", "eval")):
+        if find_spec(module) is None:
+            raise MipfastError(f"the demo needs {module}; run: pip install 'mipfast[{extra}]'")
     from mipfast.demo.run import run
     from mipfast.report import accuracy_table, write_report
 
@@ -62,7 +69,7 @@ def demo(
     write_report(results, out)
     console.print(accuracy_table(results))
     for limit in results["limits"]:
-        console.print(f"- {limit}")
+        console.print(f"- {escape(limit)}")
     console.print(f"{results['seconds']['all']:.0f} s. Report, pictures and edited model: [bold]{out}[/bold]")
 
 
@@ -82,7 +89,7 @@ def doctor() -> None:
         table.add_row(name, _version(name))
     table.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     for name, usable, reason in status():
-        table.add_row(f"backend {name}", ("usable" if usable else "off") + (f": {reason}" if reason else ""))
+        table.add_row(f"backend {name}", escape(("usable" if usable else "off") + (f": {reason}" if reason else "")))
     console.print(table)
 
 
@@ -105,12 +112,10 @@ def _quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point: a MipfastError is one line for the user, not a traceback."""
-    from mipfast.errors import MipfastError
-
     try:
         app()
     except MipfastError as error:
-        console.print(f"[bold red]error:[/bold red] {error}")
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}")
         sys.exit(2)
 
 

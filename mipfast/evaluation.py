@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mipfast.positions import Batch, find_labels
+from mipfast.modes import held
+from mipfast.positions import Batch, find_labels, without_labels
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
     takes, with labels [n,S]. Raises InputError for batches without labels."""
     predicted: list[list[int]] = []
     hits: list[bool] = []
-    training = model.training
-    model.eval()
-    try:
+    with held(model), torch.no_grad():
         for batch in tqdm(list(batches), desc="evaluate", disable=not progress, leave=False):
             labels = find_labels(batch)
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            with torch.no_grad():
-                logits = model(**inputs, use_cache=False).logits
+            logits = model(**without_labels(batch), use_cache=False).logits
             best = logits.argmax(-1).gather(1, labels.index.to(logits.device)).cpu()
             for row, target, mask in zip(best, labels.target.cpu(), labels.mask.cpu(), strict=True):
                 predicted.append(row[mask].tolist())
                 hits.append(bool((row == target)[mask].all()))
-    finally:
-        model.train(training)
     return Evaluation(predicted, hits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,23 @@ def save_artefact(folder: str | Path, kind: str, tensors: dict[str, torch.Tensor
     write_json(folder / f"{kind}.json", facts)
 
 
-def load_artefact(folder: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `save_artefact` wrote. Raises ArtefactError for a missing or damaged file."""
+def load_artefact(
+    folder: str | Path, kind: str, tensors: Sequence[str] = (), facts: Sequence[str] = ()
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_artefact` wrote; tensors and facts name what must be in it. Raises ArtefactError for a missing or
+    damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors, facts = Path(folder) / f"{kind}.safetensors", Path(folder) / f"{kind}.json"
-    for path in (tensors, facts):
+    paths = Path(folder) / f"{kind}.safetensors", Path(folder) / f"{kind}.json"
+    for path in paths:
         if not path.is_file():
             raise ArtefactError(f"{path} is missing; expected a folder written by save_pretrained of a {kind}")
     try:
-        return load_file(tensors), json.loads(facts.read_text())
+        found = load_file(paths[0]), json.loads(paths[1].read_text())
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{folder} holds a truncated or damaged {kind} ({error}); write it again") from error
+    missing = [*(set(tensors) - set(found[0])), *(set(facts) - set(found[1]))]
+    if missing:
+        raise ArtefactError(f"{folder} holds a {kind} without {', '.join(sorted(missing))}; write it again")
+    return found

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from mipfast import ops
 from mipfast.errors import DivergedError, InputError
-from mipfast.positions import Batch, Positions, text_rows
+from mipfast.modes import held
+from mipfast.positions import Batch, Positions, text_rows, without_labels
 from mipfast.pruning import Neurons, Slice, active_prunes, check_neurons, neuron_slices
 from mipfast.sites import Sites
 
@@ -64,8 +65,8 @@ def misdirect(
     Raises InputError where nothing could train, DivergedError for a loss that is not finite."""
     config = config or RMisUConfig()
     sites = check_neurons(model, path)
+    check_config(config)
     layer = steering_layer(config, sites)
-    _check(config)
     forget_batches, retain_batches = list(forget), list(retain)
     if not forget_batches or not retain_batches:
         raise InputError(
@@ -91,7 +92,8 @@ def misdirect(
         misdirected = config.steering_coeff * norm * _direction(config, targets[retain_order[0]])
         optimizer = torch.optim.Adam([t.leaf for t in trainers], lr=config.lr)
         losses: list[tuple[float, float]] = []
-        idle: list[str] = []
+        moving: set[str] = set()
+        epoch = min(steps, max(len(forget_batches), len(retain_batches)))
         bar = tqdm(
             zip(forget_order, retain_order, strict=True),
             total=steps,
@@ -108,13 +110,20 @@ def misdirect(
                 )
             if loss.requires_grad:  # not where a vision path meets batches without pictures
                 loss.backward()
-            if not losses:
-                idle = _check_gradients(trainers)
+            moving |= {t.place for t in trainers if t.leaf.grad is not None and bool(t.leaf.grad.any())}
+            if len(losses) + 1 == epoch and not moving:
+                raise InputError(
+                    f"no gradient reaches {', '.join(places)}: input rows of neurons whose columns are zero do not "
+                    "train alone, and a vision tower needs batches with pixel_values"
+                )
             optimizer.step()
             optimizer.zero_grad()
             for trainer in trainers:
                 trainer.write(trainer.leaf.detach())
             losses.append((forget_loss.item(), retain_loss.item()))
+    idle = sorted(set(places) - moving)
+    if idle:
+        log.warning("no gradient ever reached %s", ", ".join(idle))
     return {
         "config": asdict(config) | {"layer": layer},
         "seed": config.seed,
@@ -152,25 +161,14 @@ class _Trainer(Slice):
 @contextmanager
 def _training(model: nn.Module, places: dict[str, list[Slice]]) -> Iterator[list[_Trainer]]:
     """Only the slices' parameters require gradient, in eval mode (no dropout); undone on the way out."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for p, _ in flags:
-        p.requires_grad_(False)
-    for parts in places.values():
-        for part in parts:
-            part.parameter.requires_grad_(True)
-    trainers = [_Trainer(place, part) for place, parts in places.items() for part in parts]
-    try:
-        yield trainers
-    finally:
-        for trainer in trainers:
-            trainer.hook.remove()
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
-        for module, mode in modes:
-            module.training = mode
+    parts = [(place, part) for place, slices in places.items() for part in slices]
+    with held(model, [part.parameter for _, part in parts]):
+        trainers = [_Trainer(place, part) for place, part in parts]
+        try:
+            yield trainers
+        finally:
+            for trainer in trainers:
+                trainer.hook.remove()
 
 
 def steering_layer(config: RMisUConfig, sites: Sites) -> int:
@@ -181,9 +179,14 @@ def steering_layer(config: RMisUConfig, sites: Sites) -> int:
     return layer
 
 
-def _check(config: RMisUConfig) -> None:
+def check_config(config: RMisUConfig) -> None:
+    """Raises InputError for a value that no run could use."""
     if config.direction not in ("gaussian", "uniform"):
         raise InputError(f"direction={config.direction!r}; expected gaussian or uniform")
+    if not 0 <= config.alpha <= 1 or not config.lr > 0:
+        raise InputError(f"alpha={config.alpha}, lr={config.lr}; expected alpha in 0..1 and a positive lr")
+    if config.epochs < 1 or (config.steps is not None and config.steps < 1):
+        raise InputError(f"steps={config.steps}, epochs={config.epochs}; expected at least 1")
     if config.trainable not in ("path", "down", "all"):
         raise InputError(f"trainable={config.trainable!r}; expected path, down or all")
 
@@ -227,20 +230,6 @@ def _check_no_hook(model: nn.Module, places: dict[str, list[Slice]]) -> None:
             )
 
 
-def _check_gradients(trainers: list[_Trainer]) -> list[str]:
-    """Places none of whose slices got a gradient in the first step. Raises InputError if that is all of them."""
-    moving = {t.place for t in trainers if t.leaf.grad is not None and bool(t.leaf.grad.any())}
-    idle = sorted({t.place for t in trainers} - moving)
-    if not moving:
-        raise InputError(
-            f"no gradient reaches {', '.join(idle)}: input rows of neurons whose columns are zero do not train "
-            "alone, and a vision tower needs batches with pixel_values"
-        )
-    if idle:
-        log.warning("no gradient reached %s in the first step", ", ".join(idle))
-    return idle
-
-
 def _direction(config: RMisUConfig, like: torch.Tensor) -> torch.Tensor:
     """Unit vector [D], drawn on the CPU so that every device gets the same one."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -265,7 +254,7 @@ def _hidden(model: nn.Module, block: nn.Module, batch: Batch, positions: Positio
     rows = text_rows(batch, positions)
     handle = block.register_forward_hook(stop)
     try:
-        model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
+        model(**without_labels(batch), use_cache=False)
     except _Reached as reached:
         return reached.hidden.reshape(-1, reached.hidden.shape[-1])[rows.index]
     finally:

@@ -161,7 +161,8 @@ _riemann_accumulate.register_autograd(_backward, setup_context=_setup_context)
 def project_accumulate(
     grad_out: Tensor, weight: Tensor, weights: Tensor, *, act: Tensor | None = None, groups: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`riemann_accumulate(grad_out @ weight, weights, ...)` without writing that [m, R, F] gradient.
+    """`riemann_accumulate(grad_out @ weight, weights, ...)`. The reference never holds more than one step of that
+    [m, R, F] gradient; the other backends write it in float32 and accumulate it in one pass.
 
     grad_out [m, R, H]; weight [H, F]; weights [m]; act [R, F] or None; groups and result as in
     `riemann_accumulate`.
@@ -174,7 +175,11 @@ def project_accumulate(
     if act is not None:
         _check(op, "act", act, (rows, weight.shape[1]), like=grad_out)
     _check_groups(op, groups, rows)
-    return reference.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
+    gradient_dtype = reference.accumulator_dtype(grad_out.dtype)
+    if choose(grad_out.to(gradient_dtype)) == "reference":
+        return reference.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
+    grad = grad_out.to(gradient_dtype) @ weight.to(gradient_dtype)
+    return riemann_accumulate(grad, weights, act=None if act is None else act.to(gradient_dtype), groups=groups)
 
 
 def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor | None = None) -> Tensor:

@@ -85,15 +85,13 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         return cls(neurons, sites.fingerprint(), {"aggregate": "random", "seed": seed})
 
     def __or__(self, other: Any) -> NeuronPath:  # type: ignore[override]
-        """The neurons of both."""
+        """The neurons of both, this one's first."""
         if not isinstance(other, NeuronPath):
             return NotImplemented
-        both = {
-            key: torch.cat([path[key] for path in (self, other) if key in path]).unique()
-            if key in self and key in other
-            else (self if key in self else other)[key]
-            for key in [*self, *(key for key in other if key not in self)]
-        }
+        both = dict(self)
+        for key, indices in other.items():
+            mine = both.get(key, indices[:0])
+            both[key] = torch.cat([mine, indices[~torch.isin(indices, mine)]])
         return NeuronPath(both, self.fingerprint, {"union of": [self.origin, other.origin]})
 
     def up_to(self, stack: str, layer: int) -> NeuronPath:
@@ -109,7 +107,7 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> NeuronPath:
         """Raises ArtefactError for a missing or damaged file."""
-        tensors, facts = load_artefact(folder, "path")
+        tensors, facts = load_artefact(folder, "path", facts=("fingerprint", "origin"))
         split = {name: name.rsplit("/", 1) for name in sorted(tensors)}
         neurons = {(stack, int(layer)): tensors[name] for name, (stack, layer) in split.items()}
         return cls(neurons, facts["fingerprint"], facts["origin"])

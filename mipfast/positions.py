@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,6 +44,11 @@ class Rows:
         """num_samples where every sample has the same number of rows, else None."""
         counts = torch.bincount(self.sample, minlength=num_samples)
         return num_samples if bool((counts == counts[0]).all()) else None
+
+
+def without_labels(batch: Batch) -> dict[str, Any]:
+    """The batch as the model's inputs: with labels, transformers would compute a loss nobody reads."""
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def find_labels(batch: Batch) -> Labels:

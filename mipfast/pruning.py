@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -48,35 +49,45 @@ class Pruned:
     Works as a context manager. suspended() is the unedited model for a while."""
 
     def __init__(self, model: nn.Module, mode: str, slices: list[Slice], hooks: list[Any], neurons: Neurons):
-        self.model, self.mode, self.neurons = model, mode, neurons
+        self.mode, self.neurons, self.off = mode, neurons, False
+        self._model = weakref.ref(model)  # the registry's key: held strongly it would never be freed
         self._slices, self._hooks = slices, hooks
         self._originals = [s.read() for s in slices]
         _active.setdefault(model, []).append(self)
 
     def undo(self) -> None:
-        """Raises InputError if already undone."""
-        if self not in _active.get(self.model, []):
-            raise InputError("this prune was undone already; prune again to get a new handle")
-        _active[self.model].remove(self)
+        """Raises InputError if undone already, or while a newer prune of the model is in force."""
+        self._retire()
         for s, original in zip(self._slices, self._originals, strict=True):
             s.write(original)
         for hook in self._hooks:
             hook.remove()
 
     def commit(self) -> None:
-        """Keep the prune for good and let go of the original values."""
-        _active[self.model].remove(self)
+        """Keep the prune for good and let go of the original values. Raises what undo raises."""
+        self._retire()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
+        self.off = True
         current = [s.read() for s in self._slices]
         for s, original in zip(self._slices, self._originals, strict=True):
             s.write(original)
         try:
             yield
         finally:
+            self.off = False
             for s, values in zip(self._slices, current, strict=True):
                 s.write(values)
+
+    def _retire(self) -> None:
+        model = self._model()
+        in_force = _active.get(model, []) if model is not None else []
+        if self not in in_force:
+            raise InputError("this prune was undone or committed already; prune again to get a new handle")
+        if in_force[-1] is not self:
+            raise InputError("a newer prune of this model is in force; undo the newest first")
+        in_force.pop()
 
     def __enter__(self) -> Pruned:
         return self
@@ -132,15 +143,17 @@ def prune(
         return handle
     if mode != "activations":
         raise InputError(f"mode={mode!r}; expected 'weights' or 'activations'")
-    hooks = [
-        sites[stack].outputs[layer].register_forward_pre_hook(_zeroing(indices, positions))
-        for (stack, layer), indices in path.items()
-    ]
-    return Pruned(model, mode, [], hooks, path)
+    handle = Pruned(model, mode, [], [], path)
+    for (stack, layer), indices in path.items():
+        hook = _zeroing(handle, indices, positions)
+        handle._hooks.append(sites[stack].outputs[layer].register_forward_pre_hook(hook))
+    return handle
 
 
-def _zeroing(indices: torch.Tensor, positions: Literal["all"] | list[int]) -> Any:
+def _zeroing(handle: Pruned, indices: torch.Tensor, positions: Literal["all"] | list[int]) -> Any:
     def zero(module: nn.Module, args: tuple) -> tuple:
+        if handle.off:
+            return args
         x = args[0].clone()
         if positions == "all":
             x[..., indices.to(x.device)] = 0

@@ -22,8 +22,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mipfast.capture import Capture, base_model, label_states, removing, with_states, without_labels
-from mipfast.positions import Labels, Rows
+from mipfast.capture import Capture, base_model, label_states, removing, with_states
+from mipfast.positions import Labels, Rows, without_labels
 from mipfast.prefix import attending
 
 log = logging.getLogger("mipfast")
@@ -72,6 +72,8 @@ class Replay:
             for block in self.capture.stack.blocks:
                 hooks.enter_context(removing(block.register_forward_hook(keep)))
             value = objective(self._entered())
+            if not value.requires_grad:
+                return [None] * len(outputs)
             return list(torch.autograd.grad(value.sum(), outputs, allow_unused=True))
 
     def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

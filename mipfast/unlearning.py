@@ -10,7 +10,7 @@ from torch import nn
 
 from mipfast.attribution import Attribution, LocateConfig, locate
 from mipfast.errors import InputError
-from mipfast.misdirection import RMisUConfig, misdirect, steering_layer
+from mipfast.misdirection import RMisUConfig, check_config, misdirect, steering_layer
 from mipfast.path import Aggregate, NeuronPath
 from mipfast.positions import Batch
 from mipfast.pruning import prune
@@ -41,10 +41,17 @@ def unlearn(
     retain set. Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath. Raises what the three
     stages raise."""
     config = config or MIPConfig()
+    check_config(config.rmisu)
+    if config.rmisu.trainable == "all":
+        raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
     forget, retain = list(forget), list(retain)
     path, located = locate_path(model, forget, retain, config)
     handle = prune(model, path)
-    edit = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
+    try:
+        edit = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
+    except BaseException:
+        handle.undo()
+        raise
     handle.commit()
     return {"path": path, "locate": located, "misdirect": edit, "config": asdict(config)}
 

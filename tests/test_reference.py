@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mipfast import backend as backends
 from mipfast import ops, reference
 from mipfast.errors import InputError
 
@@ -128,3 +129,21 @@ def test_bad_inputs_are_named():
     for op, args, message in cases:
         with pytest.raises(InputError, match=message):
             op(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [None, 3])
+def test_project_accumulate_is_the_reference_on_every_backend(dtype, groups):
+    steps, rows, hidden, neurons = 4, 6, 17, 63
+    grad_out, weight = torch.randn(steps, rows, hidden).to(dtype), torch.randn(hidden, neurons).to(dtype)
+    act, weights = torch.randn(rows, neurons).to(dtype), torch.rand(steps)
+    gold = reference.project_accumulate(
+        grad_out.double(), weight.double(), weights.double(), act=act.double(), groups=groups
+    )
+    for name, usable, _ in backends.status():
+        if usable and (name != "triton" or torch.cuda.is_available()):
+            with ops.backend(name):
+                found = ops.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
+            for one, want in zip(found, gold, strict=True):
+                assert one.dtype == torch.float32 and one.shape == want.shape
+                assert (one - want).abs().max() <= 1e-5 * want.abs().max(), name

@@ -162,11 +162,29 @@ def test_out_of_memory_halves_the_steps_and_goes_on(monkeypatch, caplog):
     whole = locate(model, batch, n_steps=5)
     real = attribution._search
 
-    def small(captured, config, nodes, weights):
-        if len(nodes[0]) > 2:
+    def small(captured, config, nodes, weights, steps):
+        if steps > 2:
             raise torch.OutOfMemoryError("too large")
-        return real(captured, config, nodes, weights)
+        return real(captured, config, nodes, weights, steps)
 
     monkeypatch.setattr(attribution, "_search", small)
     torch.testing.assert_close(locate(model, batch, n_steps=5).scores, whole.scores, rtol=1e-5, atol=1e-6)
     assert "2 of 5 steps" in caplog.text
+
+
+def test_a_failing_unlearn_leaves_the_model_unpruned(monkeypatch):
+    model = tiny_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    forget, retain = [text_batch(model, [9, 8], [1, 2])], [text_batch(model, [9, 8], [1, 2], seed=5)]
+    with pytest.raises(InputError, match="gaussian"):
+        unlearn(model, forget, retain, MIPConfig(rmisu=RMisUConfig(direction="north")))
+    with pytest.raises(DivergedError):
+        unlearn(model, forget, retain, MIPConfig(rmisu=RMisUConfig(steering_coeff=float("nan"))))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and not active_prunes(model)
+
+
+def test_evaluate_leaves_each_module_in_its_own_mode():
+    model = tiny_llama().train()
+    model.model.layers[1].eval()
+    evaluate(model, [text_batch(model, [9], [1])])
+    assert model.training and not model.model.layers[1].training and model.model.layers[0].training

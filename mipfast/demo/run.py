@@ -25,7 +25,7 @@ from mipfast.evaluation import evaluate
 from mipfast.files import write_atomic
 from mipfast.misdirection import RMisUConfig, misdirect
 from mipfast.path import NeuronPath
-from mipfast.positions import Rows, text_rows
+from mipfast.positions import Rows, text_rows, without_labels
 from mipfast.pruning import prune
 from mipfast.sites import find_sites
 
@@ -43,21 +43,21 @@ BATCH = {"forget": 24, "retain": 16, "general": 8}  # questions per RMisU step
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tuned for a row: share of neurons per layer, learning rate, steering coefficient."""
+    """What is tuned for a row: share of neurons per layer, learning rate, weight of the retain loss."""
 
     fraction: float
     lr: float
-    steering_coeff: float
+    alpha: float
 
 
-# Chosen among four settings per row on forget sets 100-102 by bench/tune_demo.py; results/demo_tuning.json has them
+# Chosen among eight settings per row on forget sets 100-102 by bench/tune_demo.py; results/demo_tuning.json has them
 # all.
 SETTINGS = {
-    "MIP": Setting(0.1, 3e-3, 1.0),
-    "random": Setting(0.1, 1e-2, 1.0),
-    "IGI only": Setting(0.1, 1e-2, 1.0),
-    "IFI only": Setting(0.1, 1e-2, 1.0),
-    "plain RMU": Setting(1.0, 1e-3, 1.0),
+    "MIP": Setting(0.1, 3e-3, 0.5),
+    "random": Setting(0.1, 1e-2, 0.5),
+    "IGI only": Setting(0.1, 1e-2, 0.5),
+    "IFI only": Setting(0.1, 1e-2, 0.5),
+    "plain RMU": Setting(1.0, 1e-3, 0.5),
 }
 RELEARNED = ("MIP", "random", "plain RMU", "retrained")
 NOTES = {
@@ -158,7 +158,7 @@ class Trial:
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         config = RMisUConfig(
             layer=STEERING_LAYER,
-            steering_coeff=setting.steering_coeff,
+            alpha=setting.alpha,
             trainable="all" if row == "plain RMU" else "path",
             steps=STEPS,
             lr=setting.lr,
@@ -199,7 +199,7 @@ class Trial:
             with ExitStack() as hooks, torch.no_grad():
                 for block in self.sites.text.blocks:
                     hooks.callback(block.register_forward_hook(keep).remove)
-                self.model(**{name: value for name, value in batch.items() if name != "labels"})
+                self.model(**without_labels(batch))
             out[group] = torch.stack(states)
         return out
 
@@ -232,6 +232,7 @@ def run(seeds: list[int], ratio: float, out: Path, retrain: bool = False, progre
     started = time.monotonic()
     base, encoder = load_base()
     if retrain:
+        encoder.tokenizer = tiny.build_tokenizer(encoder.world)
         base = tiny.build_model(len(encoder.tokenizer))
         tiny.train(base, encoder, None)
         tiny.save(base, encoder, out / "base")
@@ -341,7 +342,7 @@ def _limits(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "Toy scale: 2.3 M parameters, 48 invented people. Nothing here is evidence about a 3B model.",
         f"After RMisU, retain minus forget is {located:.1f} points with located neurons and {random_:.1f} with "
-        "random ones of the same budget. RMisU is what unlearns; where locating shows is the prune-only stage.",
+        "random ones of the same budget.",
     ]
 
 
@@ -354,7 +355,7 @@ def _relearning(runs: list[dict[str, Any]]) -> str:
             text, image = (sum(f[kind] for f in found) / len(found) for kind in MODALITIES)
             shown.append(f"{row} {text:.0f} / {image:.0f}")
     return (
-        f"RMisU hides more than it removes. {RELEARN_STEPS} steps of relearning on the other forget people bring back, "
+        f"{RELEARN_STEPS} steps of relearning on the other forget people bring back, "
         f"for the last two (text / image, percent): {'; '.join(shown)}."
     )
 
