@@ -16,7 +16,7 @@ from torch import nn
 from mipfast.errors import DivergedError, InputError
 from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows, without_labels
 from mipfast.prefix import Prefix, Recording, UnsupportedAttention, recording
-from mipfast.sites import Stack
+from mipfast.sites import Stack, unwrapped
 
 log = logging.getLogger("mipfast")
 
@@ -66,7 +66,7 @@ def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision
 
 def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool, record: bool) -> Capture:
     labels = find_labels(batch)
-    entry = base_model(model) if vision else model.get_decoder()
+    entry = base_model(model) if vision else unwrapped(model).get_decoder()
     seen: dict[str, Any] = {}
     activations: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -136,7 +136,7 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
 
 def base_model(model: Any) -> nn.Module:
     """The module whose last_hidden_state the language-model head reads."""
-    return model.base_model
+    return unwrapped(model).base_model
 
 
 def with_states(output: Any, states: torch.Tensor) -> Any:
@@ -170,20 +170,31 @@ def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
         yield
 
 
-def _tokens_per_sample(model: nn.Module, batch: Batch, n: int, tokens: int, vision: bool) -> torch.Tensor:
-    """[n] int64. A vision tower's tokens are shared out in proportion to each sample's image placeholders."""
+def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bool) -> torch.Tensor:
+    """[n] int64. A vision tower's tokens are shared out in proportion to the samples' crops, or image placeholders."""
     if not vision:
         return torch.full((n,), tokens // n, device=batch["labels"].device)
-    image_token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-    ids = batch.get("input_ids")
-    if ids is None or image_token is None:
-        placeholders = torch.ones(n, dtype=torch.int64, device=batch["labels"].device)
-    else:
-        placeholders = (ids == image_token).sum(1)
-    counts = placeholders * tokens // max(1, int(placeholders.sum()))
-    if int(counts.sum()) != tokens or bool((counts == 0).any()):
+    shares = _image_shares(model.config, batch)
+    counts = shares * tokens // max(1, int(shares.sum()))
+    if len(shares) != n or int(counts.sum()) != tokens or bool((counts == 0).any()):
         raise InputError(
-            f"{tokens} vision tokens do not divide over {placeholders.tolist()} image placeholders per sample; "
-            "IFI needs at least one image in every sample"
+            f"{tokens} vision tokens do not divide over {shares.tolist()} image placeholders or crops of {n} samples; "
+            "IFI needs at least one image in every sample, and exactly one where image_sizes are given"
         )
     return counts
+
+
+def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
+    """Numbers in proportion to each sample's tokens in the vision tower."""
+    ids = batch.get("input_ids")
+    image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if "image_sizes" in batch and hasattr(config, "image_grid_pinpoints"):
+        # LLaVA-NeXT and -OneVision: placeholders leave out what pads a crop, the tower does not
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        side, sizes = config.vision_config.image_size, batch["image_sizes"].tolist()
+        return torch.tensor([image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes])
+    if ids is None or image_token is None or "aspect_ratio_ids" in batch:
+        # Mllama pads every sample to the same pictures and tiles
+        return torch.ones(len(batch["labels"]), dtype=torch.int64, device=batch["labels"].device)
+    return (ids == image_token).sum(1)
