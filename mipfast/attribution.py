@@ -25,6 +25,7 @@ from mipfast.files import load_artefact, save_artefact
 from mipfast.modes import held
 from mipfast.positions import Batch, Labels, Positions
 from mipfast.quadrature import quadrature
+from mipfast.released import joint_search, released_vision
 from mipfast.replay import Replay, plan
 from mipfast.sites import Sites, Stack, find_sites
 
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "vision": {"score": "ifi", "positions": "all", "method": "gaussradau", "n_steps": 2},
 }
 OBJECTIVES = ("logprob", "prob", "log_odds", "loss")
+FREE = ("n_steps", "top_k", "stack", "memory_budget", "progress")  # what LocateConfig.released lets one change
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class LocateConfig:
     modality: which tower. score: igi (integrated gradient) or ifi (integrated squared gradient); None, like positions,
     n_steps and method, takes the modality's default: text igi, last_prompt, 4 nodes of gausslegendre; vision ifi, all
     patches, 2 nodes of gaussradau. top_k: neurons the path keeps per layer. search: greedy (the path's earlier neurons
-    are scaled too) or pointwise (no path). objective: logprob, prob, log_odds (larger supports the answer) or loss.
+    are scaled too) or pointwise (no path). combine: sum (integrated gradient), product (NeuronPath's joint score),
+    released (see LocateConfig.released). objective: logprob, prob, log_odds (larger supports the answer) or loss.
     stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may keep,
     or "auto": all steps at once, halved on out-of-memory. progress: a bar over batches.
     """
@@ -57,11 +60,25 @@ class LocateConfig:
     method: str | None = None
     top_k: int = 5
     search: Literal["greedy", "pointwise"] = "greedy"
-    combine: Literal["sum"] = "sum"
+    combine: Literal["sum", "product", "released"] = "sum"
     objective: Literal["logprob", "prob", "log_odds", "loss"] = "logprob"
     stack: str | None = None
     memory_budget: int | Literal["auto"] = "auto"
     progress: bool = False
+
+    @classmethod
+    def released(cls, modality: Literal["text", "vision"]) -> LocateConfig:
+        """The settings that reproduce the released code's numbers (docs/released.md); only those in FREE may be
+        changed."""
+        return cls(
+            modality=modality,
+            score="igi" if modality == "text" else "ifi",
+            positions="first",
+            n_steps=4,
+            method="riemann_left",
+            combine="released",
+            objective="loss",
+        )
 
     def resolved(self) -> LocateConfig:
         """The same with the modality's defaults filled in. Raises InputError for a value that is not one of the
@@ -70,7 +87,7 @@ class LocateConfig:
             "modality": tuple(DEFAULTS),
             "score": (None, "igi", "ifi"),
             "search": ("greedy", "pointwise"),
-            "combine": ("sum",),
+            "combine": ("sum", "product", "released"),
             "objective": OBJECTIVES,
         }
         for name, allowed in choices.items():
@@ -79,7 +96,20 @@ class LocateConfig:
         if self.memory_budget != "auto" and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
             raise InputError(f"memory_budget={self.memory_budget!r}; expected 'auto' or a number of bytes")
         open_fields = {k: v for k, v in DEFAULTS[self.modality].items() if getattr(self, k) is None}
-        return replace(self, **open_fields)
+        config = replace(self, **open_fields)
+        if config.combine == "product" and config.score == "ifi":
+            raise InputError("combine='product' multiplies gradients and activations, score='ifi' has none: use 'igi'")
+        if config.combine == "released":
+            preset = LocateConfig.released(config.modality)
+            # by repr: positions may be a tensor
+            pairs = [(k, repr(v), repr(getattr(config, k))) for k, v in vars(preset).items() if k not in FREE]
+            mixed = [f"{name}={found}" for name, wanted, found in pairs if found != wanted]
+            if mixed:
+                raise InputError(
+                    f"{', '.join(mixed)} cannot be mixed into the released code's settings; start from "
+                    f"LocateConfig.released({config.modality!r}) and change only {', '.join(FREE)}"
+                )
+        return config
 
 
 @dataclass(eq=False)
@@ -224,6 +254,16 @@ def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weight
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective_value(logits, captured.labels, config.objective)
+
+    if config.combine != "sum":
+        if (config.modality, config.combine) == ("vision", "released"):
+            joint = released_vision(captured, len(nodes), config.top_k)
+        else:
+            # at token 0, where the released code looks, there is no prefix to spare
+            route = captured if config.combine == "released" else plan(captured)[0]
+            options = config.top_k, config.search == "greedy", config.combine == "released"
+            joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
+        return joint[0], joint[1], torch.zeros(n, 0), captured.labels.mask.sum(1).cpu(), joint[2]
 
     chunks, zero = _chunks(captured, nodes, weights, steps, value_of)
     full = value_of(captured.logits)
