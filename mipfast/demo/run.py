@@ -53,11 +53,11 @@ class Setting:
 # Chosen among eight settings per row on forget sets 100-102 by bench/tune_demo.py; results/demo_tuning.json has them
 # all.
 SETTINGS = {
-    "MIP": Setting(0.1, 3e-3, 0.5),
-    "random": Setting(0.1, 1e-2, 0.5),
-    "IGI only": Setting(0.1, 1e-2, 0.5),
-    "IFI only": Setting(0.1, 1e-2, 0.5),
-    "plain RMU": Setting(1.0, 1e-3, 0.5),
+    "MIP": Setting(0.1, 1e-2, 0.25),
+    "random": Setting(0.1, 1e-2, 0.25),
+    "IGI only": Setting(0.1, 1e-2, 0.25),
+    "IFI only": Setting(0.1, 1e-2, 0.25),
+    "plain RMU": Setting(1.0, 1e-3, 0.25),
 }
 RELEARNED = ("MIP", "random", "plain RMU", "retrained")
 NOTES = {
