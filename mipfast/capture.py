@@ -108,7 +108,11 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
         with torch.no_grad():
             logits = model(**without_labels(batch), use_cache=False).logits
     if len(activations) != stack.num_layers:
-        hint = "the batch has no images (pixel_values)" if vision else "some blocks did not run"
+        hint = (
+            "the batch has no images (pixel_values)"
+            if vision
+            else "some blocks did not run (do any attend to pictures?)"
+        )
         raise InputError(f"{len(activations)} of {stack.num_layers} blocks of {stack.name} ran once: {hint}")
     for layer, act in enumerate(activations):
         if not bool(act.isfinite().all()):
@@ -193,7 +197,8 @@ def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         side, sizes = config.vision_config.image_size, batch["image_sizes"].tolist()
-        return torch.tensor([image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes])
+        crops = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+        return torch.tensor(crops, device=batch["labels"].device)
     if ids is None or image_token is None or "aspect_ratio_ids" in batch:
         # Mllama pads every sample to the same pictures and tiles
         return torch.ones(len(batch["labels"]), dtype=torch.int64, device=batch["labels"].device)

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import transformers as hf
 from tiny import BOS, EOS, FIRST_WORD, IMAGE, PAD, PATCH, VISION_END, VISION_START, _pad, _settle, image_batch
@@ -32,12 +33,13 @@ class Float64(TorchFunctionMode):
 class Family:
     """model(): fresh, its weights not yet drawn. picture(i, generator): (number of image tokens, {argument: tensor}) of
     row i's pictures; "qwen" is tiny.image_batch's; None where the family sees nothing. dead: vision layers that run and
-    are not used. stacks: the vision towers' names where there are several."""
+    are not used. stacks: the vision towers' names where there are several. text: whether it runs without a picture."""
 
     model: Callable
     picture: Callable | str | None = None
     dead: tuple[int, ...] = ()
     stacks: tuple[str | None, ...] = (None,)
+    text: bool = True
 
 
 def build(name):
@@ -67,6 +69,9 @@ def pictures(name, model, seed=1):
     for argument in inputs[0]:
         value = torch.cat([one[argument] for one in inputs])
         batch[argument] = value.double() if value.is_floating_point() else value
+    if name == "mllama":  # from its picture on, a row looks at its tiles
+        after = (batch["input_ids"] == IMAGE).cumsum(1)
+        batch["cross_attention_mask"] = after[:, :, None, None] * batch["aspect_ratio_mask"][:, None]
     return batch
 
 
@@ -102,6 +107,15 @@ def _gemma2():
         **LM,
     )
     return hf.Gemma2ForCausalLM(config)
+
+
+def _gpt2():
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=3, n_head=4, **SPECIAL))
+
+
+def _lora(model, *targets, **settings):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets), **settings))
 
 
 # ----------------------------------------------------------------------------------------------- Qwen-VL
@@ -210,6 +224,57 @@ def _tiles(i, generator):
     return 4 * (i + 1), dict(pixel_values=_noise(generator, i + 1, 3, 56, 56))
 
 
+def _idefics(kind):
+    config = getattr(hf, kind + "Config")(
+        text_config=hf.LlamaConfig(**LM),
+        vision_config=dict(image_size=56, patch_size=14, **TOWER),
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )
+    return getattr(hf, kind + "ForConditionalGeneration")(config)
+
+
+def _idefics_picture(i, generator):
+    """Row 0: one picture and one of padding, which the model takes out; row 1: two. 4 image tokens each."""
+    pixels = _noise(generator, 1, 2, 3, 56, 56)
+    if i == 0:
+        pixels[:, 1] = 0
+    return 4 * (i + 1), dict(pixel_values=pixels, pixel_attention_mask=torch.ones(1, 2, 56, 56, dtype=torch.long))
+
+
+def _mllama():
+    """Text block 1 attends to the pictures. Vision block 0 is read directly; the tower ends in a second, global one."""
+    return hf.MllamaForConditionalGeneration(
+        hf.MllamaConfig(
+            text_config=dict(LM, cross_attention_layers=[1], rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_global_layers=2,
+                attention_heads=2,
+                vision_output_dim=64,
+                image_size=28,
+                patch_size=14,
+                max_num_tiles=2,
+                intermediate_layers_indices=[0],
+                supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+            ),
+            image_token_index=IMAGE,
+        )
+    )
+
+
+def _mllama_picture(i, generator):
+    """Row 0: one tile and one of padding; row 1: two tiles."""
+    tiles = torch.tensor([[[1, i]]])
+    return 1, dict(
+        pixel_values=_noise(generator, 1, 1, 2, 3, 28, 28),
+        aspect_ratio_ids=torch.tensor([[1 + i]]),
+        aspect_ratio_mask=tiles,
+    )
+
+
 FAMILIES = {
     "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LM))),
     "qwen3": Family(_qwen3),
@@ -222,4 +287,17 @@ FAMILIES = {
     "llava-onevision": Family(_llava_onevision, _llava_onevision_picture),
     "gemma3": Family(_gemma3, _tiles),
     "internvl": Family(_internvl, _tiles),
+    "idefics3": Family(lambda: _idefics("Idefics3"), _idefics_picture),
+    "smolvlm": Family(lambda: _idefics("SmolVLM"), _idefics_picture),
+    "mllama": Family(
+        _mllama,
+        _mllama_picture,
+        stacks=("model.vision_model.transformer.layers", "model.vision_model.global_transformer.layers"),
+        text=False,
+    ),
+    "gpt2": Family(_gpt2),
+    "gpt2-lora": Family(lambda: _lora(_gpt2(), "c_attn", "c_fc", "c_proj", fan_in_fan_out=True)),
+    "llava-lora": Family(
+        lambda: _lora(_llava(), "q_proj", "up_proj", "down_proj", "fc1", "fc2"), _llava_picture, dead=(2,)
+    ),
 }

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from tiny import split
 
-TEXT = r"model\.(language_model\.)?layers\.\d+\.mlp\.down_proj"
+PEFT = r"(base_model\.model\.)?"  # the wrapper of a LoRA projection bears the projection's name
+TEXT = PEFT + r"(model\.((language|text)_model\.)?layers\.\d+\.mlp\.down_proj|transformer\.h\.\d+\.mlp\.c_proj)"
 VISION = (
-    r"model\.visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)"
-    r"|model\.vision_tower\..*layers?\.\d+\.mlp\.fc2"
+    PEFT + r"model\.(visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)"
+    r"|vision_(tower|model)\.(.+\.)?layers?\.\d+\.mlp\.fc2)"
 )
 
 

@@ -17,6 +17,7 @@ import mipfast
 
 model = cache(build)
 SEEING = [name for name, family in FAMILIES.items() if family.picture]
+READING = [name for name, family in FAMILIES.items() if family.text]
 MODALITIES = [(name, "text") for name in FAMILIES] + [(name, "vision") for name in SEEING]
 TOWERS = [(name, stack) for name in SEEING for stack in FAMILIES[name].stacks]
 COARSE = dict(n_steps=2, top_k=3)
@@ -32,7 +33,7 @@ def same(name, batch, **settings):
 
 
 @pytest.mark.parametrize("positions", ["last_prompt", "all"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", READING)
 def test_text(name, positions):
     found = same(name, text(name), positions=positions)
     assert not found.report["layers_without_gradient"]
@@ -60,3 +61,71 @@ def test_batched_is_one_by_one(name, modality):
             alone = mipfast.locate(model(name), split(batch, i), modality=modality, **COARSE)
             torch.testing.assert_close(alone.scores[0], found.scores[i], rtol=1e-6, atol=1e-9)
             assert torch.equal(alone.path[0], found.path[i])
+
+
+def test_blocks_that_attend_to_pictures_need_pictures():
+    with pytest.raises(mipfast.InputError, match="2 of 3 blocks"):
+        mipfast.locate(model("mllama"), text("mllama"))
+
+
+# ---------------------------------------------------- editing where weights are [in, out], or LoRA reads beside
+
+
+def a_path(name):
+    sites = mipfast.find_sites(model(name))
+    index = torch.tensor([1, 3, 4])
+    return mipfast.NeuronPath({(s.name, i): index for s in sites.stacks for i in range(s.num_layers)})
+
+
+def logits(name, batch):
+    with torch.no_grad():
+        return model(name)(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-lora", "llava-lora", "mllama"])
+def test_both_prunes_compute_the_same_and_undo_every_bit(name):
+    batch = pictures(name, model(name)) if name in SEEING else text(name)
+    clean, before = logits(name, batch), {k: v.clone() for k, v in model(name).state_dict().items()}
+    with mipfast.prune(model(name), a_path(name)):
+        by_weights = logits(name, batch)
+    with mipfast.prune(model(name), a_path(name), "activations"):
+        by_hooks = logits(name, batch)
+    assert (by_weights - clean).abs().max() > 1e-3
+    torch.testing.assert_close(by_weights, by_hooks, rtol=0, atol=1e-12)
+    assert all(torch.equal(before[k], v) for k, v in model(name).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "ffn", "written", "read"),
+    [
+        # parameter of an FFN: the dimension along which neurons lie
+        ("gpt2", "transformer.h.{}.mlp.", {"c_fc.weight": 1, "c_fc.bias": 0}, {"c_proj.weight": 0}),
+        (
+            "llava-lora",
+            "base_model.model.model.language_model.layers.{}.mlp.",
+            {"gate_proj.weight": 0, "up_proj.base_layer.weight": 0, "up_proj.lora_B.default.weight": 0},
+            {"down_proj.base_layer.weight": 1, "down_proj.lora_A.default.weight": 1},
+        ),
+    ],
+)
+def test_misdirect_trains_the_path_and_nothing_else(name, ffn, written, read):
+    edited = build(name)
+    stack = mipfast.find_sites(edited).text.name
+    before = {k: v.clone() for k, v in edited.state_dict().items()}
+    path = mipfast.NeuronPath({(stack, layer): torch.tensor([1, 3, 4]) for layer in (0, 1)})
+    batch = text(name)
+    mipfast.misdirect(edited, path, [batch], [batch], mipfast.RMisUConfig(layer=1, steps=2))
+    moves = {ffn.format(layer) + k: dim for layer in (0, 1) for k, dim in {**written, **read}.items()}
+    for k, v in edited.state_dict().items():
+        moved = (v != before[k]).nonzero()
+        assert len(moved) == 0 or k in moves, k
+        if k in moves:
+            assert moved[:, moves[k]].unique().tolist() == [1, 3, 4], k
+
+
+def test_a_path_fits_with_and_without_lora():
+    """Stacks are named as in the wrapped model, and LoRA leaves the hashed weights alone."""
+    wrapped = build("llava-lora")
+    path = mipfast.find_sites(wrapped).fingerprint()
+    assert set(path["stacks"]) == {"model.language_model.layers", "model.vision_tower.encoder.layers"}
+    assert mipfast.find_sites(wrapped.unload()).check(path)

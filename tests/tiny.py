@@ -26,6 +26,7 @@ PAD, BOS, EOS, VISION_START, VISION_END, IMAGE = range(6)
 FIRST_WORD = 6  # the words are FIRST_WORD .. vocab - 1
 PATCH, MERGE = 14, 2
 TOKENWISE = ("input_ids", "attention_mask", "labels", "position_ids", "mm_token_type_ids", "token_type_ids")
+TOKENWISE += ("cross_attention_mask",)
 
 
 # ---------------------------------------------------------------------------------------------- models
