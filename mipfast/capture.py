@@ -140,7 +140,9 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
 
 def base_model(model: Any) -> nn.Module:
     """The module whose last_hidden_state the language-model head reads."""
-    return unwrapped(model).base_model
+    inner = unwrapped(model)
+    base = inner.base_model
+    return inner.model if base is inner else base  # LLaVA of transformers 4 names no base
 
 
 def with_states(output: Any, states: torch.Tensor) -> Any:
