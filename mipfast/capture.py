@@ -26,8 +26,9 @@ class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
     base model for a vision stack. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their
     sample. activations[l]: clean down-projection inputs [R,F] at rows; outputs[l]: clean block outputs [R,H] there.
-    base_output: what the head's wrapper got from the base model. logits [n,q,V]: the clean run's, at the label
-    positions. recording: of a text stack's attention, where it can be;
+    base_output: what the head's wrapper got from the base model. tail: what blocks return
+    besides their state in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the
+    label positions. recording: of a text stack's attention, where it can be;
     prefix: set in a capture that `suffix` has cut down to the tokens that can change."""
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Capture:
     logits: torch.Tensor
     recording: Recording | None
     base_output: Any
+    tail: tuple | None
     prefix: Prefix | None = None
 
     @property
@@ -93,7 +95,7 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
         seen["base_output"] = output
 
     def keep_outputs(module: nn.Module, args: tuple, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
+        state, seen["tail"] = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         outputs.append(state.detach().reshape(-1, state.shape[-1])[seen["rows"].index])
 
     with ExitStack() as hooks:
@@ -135,6 +137,7 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
         logits,
         seen["recording"],
         seen["base_output"],
+        seen["tail"],
     )
 
 

@@ -49,7 +49,6 @@ class Replay:
         self.states: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
         self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
-        self._rest: tuple | None = None  # what a block returns besides its state; None where it returns no tuple
 
     def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [m·n,q,V] at the label positions, the blocks in states skipped, and the next block's neurons
@@ -157,8 +156,7 @@ class Replay:
                     hidden = forward_ad.make_dual(hidden, self.tangents[-1])
             patches.enter_context(self._overwritten(layer, values))
             output = block.forward(hidden, *args, **kwargs)
-            state, self._rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-            state, moved = forward_ad.unpack_dual(state)
+            state, moved = forward_ad.unpack_dual(output[0] if isinstance(output, tuple) else output)
             if tangent is not None and moved is None:
                 moved = torch.zeros_like(state)
             return state.detach().clone(), None if moved is None else moved.detach().clone()
@@ -183,7 +181,7 @@ class Replay:
         self._call = (len(self.states), args, kwargs, self.states[-1] if self.states else None)
 
     def _output(self, state: torch.Tensor) -> Any:
-        return state if self._rest is None else (state, *self._rest)
+        return state if self.capture.tail is None else (state, *self.capture.tail)
 
     @contextmanager
     def _overwritten(self, layer: int, values: torch.Tensor) -> Iterator[None]:
