@@ -241,9 +241,8 @@ def _with_memory(
 
 def _bytes_per_copy(captured: Capture) -> int:
     """What autograd keeps of one copy: about 8 hidden-wide and 4 FFN-wide tensors per token and block."""
-    output = captured.stack.outputs[0]
-    per_token = 8 * output.out_features + 4 * output.in_features
-    return captured.stack.num_layers * captured.tokens * per_token * output.weight.element_size()
+    hidden, neurons = captured.outputs[0].shape[-1], captured.stack.num_neurons
+    return captured.stack.num_layers * captured.tokens * (8 * hidden + 4 * neurons) * captured.outputs[0].element_size()
 
 
 def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int) -> Located:
@@ -312,8 +311,8 @@ def _chunks(
     scaled = torch.ones_like(nodes, dtype=torch.bool)
     if clean and bool((unit := nodes == 1).any()):
         scaled = ~unit
-        gradients = Replay(route, 1).clean_gradients(value_of)
-        chunks.append(_Clean(Replay(route, 1), nodes[unit], weights[unit], clean.states, gradients))
+        gradients, taps = Replay(route, 1).clean_gradients(value_of)
+        chunks.append(_Clean(Replay(route, 1), nodes[unit], weights[unit], clean.states, gradients, taps))
     for alphas, w in zip(nodes[scaled].split(steps), weights[scaled].split(steps), strict=True):
         if len(alphas):
             chunks.append(kind(Replay(route, len(alphas)), alphas, w))
@@ -451,9 +450,10 @@ class _Clean(_Added):
         weights: torch.Tensor,
         states: list[torch.Tensor],
         gradients: list[torch.Tensor | None],
+        taps: list[torch.Tensor | None],
     ):
         super().__init__(replay, alphas, weights)
-        self._states, self._gradients = states, gradients
+        self._states, self._gradients, self._taps = states, gradients, taps
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
         layer = len(self.replay.states)
@@ -461,7 +461,9 @@ class _Clean(_Added):
         if self._carries():
             self._moved = self.replay.silent(carry=True)[1]
         grad = self._gradients[layer]
-        along = self._along([grad], [self._moved], act) if self._moved is not None else self._along([], [], act)
+        pairs = zip([*self._taps[:layer], grad], [*self.replay.tangents, self._moved], strict=True)
+        moved = [(g, tangent) for g, tangent in pairs if tangent is not None]
+        along = self._along([g for g, _ in moved], [tangent for _, tangent in moved], act)
         return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:

@@ -58,22 +58,37 @@ class Replay:
                 patches.enter_context(self._overwritten(len(self.states), values))
             return self._entered()
 
-    def clean_gradients(self, objective: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor | None]:
-        """d objective(logits) / d output of every block, in one unscaled pass over one copy."""
+    def clean_gradients(
+        self, objective: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """d objective(logits) / d output of every block, in one unscaled pass over one copy; and of every block but the
+        last the part that does not run through the next block: what else taps it (deepstack, vision_feature_layer)."""
         outputs: list[torch.Tensor] = []
+        entered: list[torch.Tensor] = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> Any:
             state = output[0] if isinstance(output, tuple) else output
             outputs.append(state if state.requires_grad else state.detach().requires_grad_())
             return (outputs[-1], *output[1:]) if isinstance(output, tuple) else outputs[-1]
 
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden, *rest = args or (kwargs.pop("hidden_states"),)
+            entered.append(hidden.view_as(hidden))  # a node of its own: its gradient is the next block's alone
+            return (entered[-1], *rest), kwargs
+
+        first, *later = self.capture.stack.blocks
         with ExitStack() as hooks, torch.enable_grad():
-            for block in self.capture.stack.blocks:
+            hooks.enter_context(removing(first.register_forward_hook(keep)))
+            for block in later:
+                hooks.enter_context(removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
                 hooks.enter_context(removing(block.register_forward_hook(keep)))
             value = objective(self._entered())
             if not value.requires_grad:
-                return [None] * len(outputs)
-            return list(torch.autograd.grad(value.sum(), outputs, allow_unused=True))
+                return [None] * len(outputs), [None] * len(entered)
+            found = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)
+        total: list[torch.Tensor | None] = list(found[: len(outputs)])
+        pairs = zip(total, found[len(outputs) :], strict=False)
+        return total, [t if u is None or t is None else None if t.equal(u) else t - u for t, u in pairs]
 
     def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output of the next block with its neurons at the chosen positions silent, and with carry its derivative by

@@ -26,7 +26,7 @@ COARSE = dict(n_steps=2, top_k=3)
 def same(name, batch, **settings):
     with Float64():
         found = mipfast.locate(model(name), batch, **COARSE, **settings)
-        truth = slow_locate(model(name), batch, **COARSE, **settings)
+        truth = slow_locate(model(name), batch, **COARSE, **{k: v for k, v in settings.items() if k != "memory_budget"})
     found.scores = found.scores.float()
     compare(found, truth)
     return found
@@ -37,6 +37,10 @@ def same(name, batch, **settings):
 def test_text(name, positions):
     found = same(name, text(name), positions=positions)
     assert not found.report["layers_without_gradient"]
+
+
+def test_memory_budget_of_transposed_weights():
+    same("gpt2", text("gpt2"), memory_budget=1)
 
 
 @pytest.mark.parametrize("positions", ["last_prompt", "prompt"])
