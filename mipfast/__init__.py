@@ -26,6 +26,7 @@ _HOMES = {
     "MIPConfig": "unlearning",
     "unlearn": "unlearning",
     "evaluate": "evaluation",
+    "estimate": "cost",
 }
 __all__ = [
     "ArtefactError",
