@@ -6,7 +6,7 @@ import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -90,6 +90,85 @@ def doctor() -> None:
     table.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     for name, usable, reason in status():
         table.add_row(f"backend {name}", escape(("usable" if usable else "off") + (f": {reason}" if reason else "")))
+    console.print(table)
+
+
+@app.command()
+def locate(
+    model: Annotated[str, typer.Option(help="Model folder or Hub id; its code is never run.")],
+    data: Annotated[Path, typer.Option(help="JSONL file of samples, as above.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores; one that holds an unfinished run goes on.")],
+    modality: Annotated[str, typer.Option(help="Tower to score: text or vision.")] = "text",
+    objective: Annotated[str, typer.Option(help="logprob, prob, log_odds or loss.")] = "logprob",
+    positions: Annotated[
+        str | None, typer.Option(help="last_prompt, answer, first, prompt, all, or indices such as 0,1; vision all.")
+    ] = None,
+    n_steps: Annotated[int | None, typer.Option(help="Quadrature nodes; text 4, vision 2.")] = None,
+    top_k: Annotated[int, typer.Option(help="Neurons the path keeps per layer.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
+    aggregate: Annotated[
+        bool, typer.Option("--aggregate", help="Keep only running sums: one small file, however many samples.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the file's first samples.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the folder's), float32, bfloat16 or float16.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the file, show tokens, hours and memory, and stop.")
+    ] = False,
+) -> None:
+    """Score a model's neurons on every sample of a file.
+
+    The file holds one JSON object a line: {"prompt": text, "answer": text} and optionally "image": a path relative to
+    the file. Scored is the answer, after the prompt in the tokenizer's chat template where it has one. Killed at any
+    moment, the same command goes on to the same result. mipfast.streaming.read(OUT) gives the Attribution.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from mipfast import LocateConfig, streaming
+    from mipfast.cost import Device, Shape
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype}: expected auto, float32, bfloat16 or float16", param_hint="--dtype")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = LocateConfig(
+        modality=modality,  # type: ignore[arg-type]  # resolved() checks both
+        objective=objective,  # type: ignore[arg-type]
+        positions=_positions(positions),
+        n_steps=n_steps,
+        top_k=top_k,
+        progress=sys.stderr.isatty(),
+    ).resolved()
+    _quiet_transformers()
+    encoder = streaming.Encoder.from_pretrained(model)
+    if dry_run:
+        surveyed = streaming.survey(encoder, data, config, batch_size, limit)
+        shape = Shape.of(AutoConfig.from_pretrained(model))
+        here = Device.measured(where, torch.float32 if where == "cpu" else torch.bfloat16)
+        _show_forecast(surveyed, streaming.forecast(shape, surveyed, config, [here]))
+        return
+    loaded = streaming.load_model(model, where, dtype)
+    streaming.locate_file(loaded, encoder, data, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit)
+    console.print(f"done. In Python: mipfast.streaming.read({escape(repr(str(out)))})")
+
+
+def _positions(given: str | None) -> str | list[int] | None:
+    """A name, or indices separated by commas."""
+    if given is None or not given.replace(",", "").isdigit():
+        return given
+    return [int(index) for index in given.split(",") if index]
+
+
+def _show_forecast(surveyed: Any, forecast: Any) -> None:
+    from rich.table import Table
+
+    table = Table("what", "at least", title="before the run")
+    table.add_row("samples", str(surveyed.samples))
+    table.add_row("tokens", str(surveyed.tokens))
+    table.add_row("PFLOP", f"{forecast.flops / 1e15:.4g}")
+    table.add_row("memory", f"{forecast.memory / 1e9:.3g} GB")
+    for name, seconds in forecast.seconds.items():
+        table.add_row(f"hours on {name}", f"{seconds / 3600:.3g}")
     console.print(table)
 
 

@@ -121,7 +121,7 @@ def _by_stack(attributions: Attribution | Sequence[Attribution]) -> dict[str, li
     return found
 
 
-def _per_label(attribution: Attribution) -> torch.Tensor:
+def per_label(attribution: Attribution) -> torch.Tensor:
     """Scores [n,L,F] as if the objective were a mean over the sample's labels."""
     power = 2 if attribution.report["config"]["score"] == "ifi" else 1
     counts = torch.tensor(attribution.report["num_labels"], dtype=torch.float32)
@@ -132,11 +132,11 @@ def _per_label(attribution: Attribution) -> torch.Tensor:
 
 def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggregate) -> torch.Tensor:
     """[L,F]."""
-    mean = torch.cat([_per_label(a) for a in forget]).mean(0)
+    mean = torch.cat([per_label(a) for a in forget]).mean(0)
     if how == "contrast":
-        return mean - torch.stack([_per_label(a).mean(0) for a in retain]).mean(0)
+        return mean - torch.stack([per_label(a).mean(0) for a in retain]).mean(0)
     if how == "snr":
-        damage = torch.stack([_per_label(a).square().mean(0) for a in retain]).mean(0).sqrt()
+        damage = torch.stack([per_label(a).square().mean(0) for a in retain]).mean(0).sqrt()
         return mean / (damage + SNR_FLOOR * damage.mean())
     return mean
 
