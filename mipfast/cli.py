@@ -125,7 +125,7 @@ def locate(
     import torch
     from transformers import AutoConfig
 
-    from mipfast import LocateConfig, streaming
+    from mipfast import LocateConfig, samples, streaming
     from mipfast.cost import Device, Shape
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -140,14 +140,14 @@ def locate(
         progress=sys.stderr.isatty(),
     ).resolved()
     _quiet_transformers()
-    encoder = streaming.Encoder.from_pretrained(model)
+    encoder = samples.Encoder.from_pretrained(model)
     if dry_run:
         surveyed = streaming.survey(encoder, data, config, batch_size, limit)
         shape = Shape.of(AutoConfig.from_pretrained(model))
         here = Device.measured(where, torch.float32 if where == "cpu" else torch.bfloat16)
         _show_forecast(surveyed, streaming.forecast(shape, surveyed, config, [here]))
         return
-    loaded = streaming.load_model(model, where, dtype)
+    loaded = samples.load_model(model, where, dtype)
     streaming.locate_file(loaded, encoder, data, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit)
     console.print(f"done. In Python: mipfast.streaming.read({escape(repr(str(out)))})")
 

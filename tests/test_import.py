@@ -22,9 +22,9 @@ FORBIDDEN = {
     **{name: {"attribution", "path", "replay", "unlearning"} for name in ("pruning", "misdirection")},
     **{name: ENGINE | LOCATING for name in ("evaluation", "data")},
 }
-# cost and streaming stand above locating
+# cost, samples and streaming stand above locating
 for name in ENGINE | LOCATING:
-    FORBIDDEN[name] = FORBIDDEN.get(name, set()) | {"cost", "streaming"}
+    FORBIDDEN[name] = FORBIDDEN.get(name, set()) | {"cost", "samples", "streaming"}
 
 
 def imports(file):
