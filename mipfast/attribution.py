@@ -37,7 +37,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "vision": {"score": "ifi", "positions": "all", "method": "gaussradau", "n_steps": 2},
 }
 OBJECTIVES = ("logprob", "prob", "log_odds", "loss")
-FREE = ("n_steps", "top_k", "stack", "memory_budget", "progress")  # what LocateConfig.released lets one change
+FREE = (
+    "n_steps",
+    "top_k",
+    "stack",
+    "memory_budget",
+    "residuals",
+    "progress",
+)  # what LocateConfig.released lets one change
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class LocateConfig:
     are scaled too) or pointwise (no path). combine: sum (integrated gradient), product (NeuronPath's joint score),
     released (see LocateConfig.released). objective: logprob, prob, log_odds (larger supports the answer) or loss.
     stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may keep,
-    or "auto": all steps at once, halved on out-of-memory. progress: a bar over batches.
+    or "auto": all steps at once, halved on out-of-memory. residuals: for which batches of a call the completeness
+    residual is measured, which costs a forward pass per layer: the first, all or none. progress: a bar over batches.
     """
 
     modality: Literal["text", "vision"] = "text"
@@ -64,6 +72,7 @@ class LocateConfig:
     objective: Literal["logprob", "prob", "log_odds", "loss"] = "logprob"
     stack: str | None = None
     memory_budget: int | Literal["auto"] = "auto"
+    residuals: Literal["first", "all", "none"] = "first"
     progress: bool = False
 
     @classmethod
@@ -89,6 +98,7 @@ class LocateConfig:
             "search": ("greedy", "pointwise"),
             "combine": ("sum", "product", "released"),
             "objective": OBJECTIVES,
+            "residuals": ("first", "all", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -115,8 +125,8 @@ class LocateConfig:
 @dataclass(eq=False)
 class Attribution:
     """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, sign of
-    the objective, completeness residuals [n][L], layers without gradient, labels per sample, stack, fingerprint,
-    versions."""
+    the objective, completeness residuals [n][L] (None where not measured), layers without gradient, labels per sample,
+    stack, fingerprint, versions."""
 
     scores: torch.Tensor
     path: torch.Tensor
@@ -159,8 +169,8 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     with held(model):
         parts = [
-            _with_memory(model, stack, one, config, nodes, weights)
-            for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress)
+            _with_memory(model, stack, one, config, nodes, weights, first=i == 0)
+            for i, one in enumerate(tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress))
         ]
     if not parts:
         raise InputError("no batch to locate on: the iterable was empty")
@@ -173,7 +183,7 @@ def locate(
             "stack": stack.name,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
-            "residuals": torch.cat(residuals).tolist(),
+            "residuals": [row for part in residuals for row in part],
             "num_labels": torch.cat(counts).tolist(),
             "layers_without_gradient": sorted(set().union(*dead)),
             "seed": None,  # nothing here is drawn at random
@@ -215,15 +225,23 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
     return sites.vision[0]
 
 
-Located = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, set[int]]
+# scores [n,L,F], path [n,L,k], residuals [n][L], labels per sample [n], layers without gradient
+Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor, set[int]]
 Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
 Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
 
 
 def _with_memory(
-    model: nn.Module, stack: Stack, batch: Batch, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor
+    model: nn.Module,
+    stack: Stack,
+    batch: Batch,
+    config: LocateConfig,
+    nodes: torch.Tensor,
+    weights: torch.Tensor,
+    first: bool,
 ) -> Located:
     """One batch, with as many steps per replay as memory holds."""
+    measure = config.residuals == "all" or (config.residuals == "first" and first)
     assert config.positions is not None
     captured = capture(model, stack, batch, config.positions, vision=config.modality == "vision")
     steps = len(nodes)
@@ -231,7 +249,7 @@ def _with_memory(
         steps = max(1, min(steps, config.memory_budget // _bytes_per_copy(captured)))
     while True:
         try:
-            return _search(captured, config, nodes, weights, steps)
+            return _search(captured, config, nodes, weights, steps, measure)
         except torch.OutOfMemoryError:
             if steps == 1:
                 raise
@@ -245,7 +263,9 @@ def _bytes_per_copy(captured: Capture) -> int:
     return captured.stack.num_layers * captured.tokens * (8 * hidden + 4 * neurons) * captured.outputs[0].element_size()
 
 
-def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int) -> Located:
+def _search(
+    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool
+) -> Located:
     """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
     n, device = captured.num_samples, captured.rows.sample.device
     groups = captured.rows.groups(n)
@@ -262,9 +282,9 @@ def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weight
             route = captured if config.combine == "released" else plan(captured)[0]
             options = config.top_k, config.search == "greedy", config.combine == "released"
             joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
-        return joint[0], joint[1], torch.zeros(n, 0), captured.labels.mask.sum(1).cpu(), joint[2]
+        return joint[0], joint[1], [None] * n, captured.labels.mask.sum(1).cpu(), joint[2]
 
-    chunks, zero = _chunks(captured, nodes, weights, steps, value_of)
+    chunks, zero = _chunks(captured, nodes, weights, steps, measure, value_of)
     full = value_of(captured.logits)
     scores, paths, residuals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
@@ -277,9 +297,10 @@ def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weight
                 found = True
                 for total, new in zip((s1, s2), part, strict=True):
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
-        change = full - zero.value(act, value_of)
-        residual = (s1.sum(1) + carried - change).abs()
-        residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
+        if zero:
+            change = full - zero.value(act, value_of)
+            residual = (s1.sum(1) + carried - change).abs()
+            residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
         score = s1 if config.score == "igi" else s2
         if not bool(score.isfinite().all()):
             raise DivergedError(
@@ -293,16 +314,18 @@ def _search(captured: Capture, config: LocateConfig, nodes: torch.Tensor, weight
         paths.append(path)
         if layer + 1 < captured.stack.num_layers:
             scaled = path[captured.rows.sample] if config.search == "greedy" else None
-            for chunk in (zero, *chunks):
+            for chunk in (*chunks, *([zero] if zero else [])):
                 chunk.advance(act, scaled)
-    stacked = torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), torch.stack(residuals, 1).cpu()
-    return *stacked, captured.labels.mask.sum(1).cpu(), dead
+    measured = torch.stack(residuals, 1).tolist() if zero else [None] * n
+    counted = captured.labels.mask.sum(1).cpu()
+    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), measured, counted, dead
 
 
 def _chunks(
-    captured: Capture, nodes: torch.Tensor, weights: torch.Tensor, steps: int, value_of: Objective
-) -> tuple[list[_Chunk], _Chunk]:
-    """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs).
+    captured: Capture, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool, value_of: Objective
+) -> tuple[list[_Chunk], _Chunk | None]:
+    """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs, if it is
+    to be measured).
 
     Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
     route, clean = plan(captured)
@@ -312,19 +335,19 @@ def _chunks(
     if clean and bool((unit := nodes == 1).any()):
         scaled = ~unit
         gradients, taps = Replay(route, 1).clean_gradients(value_of)
-        chunks.append(_Clean(Replay(route, 1), nodes[unit], weights[unit], clean.states, gradients, taps))
+        chunks.append(_Clean(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps))
     for alphas, w in zip(nodes[scaled].split(steps), weights[scaled].split(steps), strict=True):
         if len(alphas):
-            chunks.append(kind(Replay(route, len(alphas)), alphas, w))
+            chunks.append(kind(Replay(route, len(alphas)), alphas, w, measure))
     zero = torch.zeros(1)
-    return chunks, kind(Replay(route, 1), zero, zero)
+    return chunks, kind(Replay(route, 1), zero, zero, carry=False) if measure else None
 
 
 class _Chunk:
-    """Some nodes of the quadrature on their way through the layers."""
+    """Some nodes of the quadrature on their way through the layers; with carry also d state / d alpha."""
 
-    def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor):
-        self.replay, self.alphas, self.weights = replay, alphas, weights
+    def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
+        self.replay, self.alphas, self.weights, self.carry = replay, alphas, weights, carry
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
         """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""
@@ -376,7 +399,7 @@ class _Overwritten(_Chunk):
             self.replay.advance(act.expand(self.replay.copies, *act.shape), None)
             return
         values = ops.riemann_interpolate(act, self.alphas.to(act.device), neurons=path)
-        tangent = _on_path(act, path).repeat(len(values), 1, 1) if self.weights.any() else None
+        tangent = _on_path(act, path).repeat(len(values), 1, 1) if self.carry else None
         self.replay.advance(values, tangent)
 
 
@@ -428,7 +451,7 @@ class _Added(_Chunk):
 
     def _tangent(self, act: torch.Tensor, path: torch.Tensor) -> torch.Tensor | None:
         """d output / d alpha: what the earlier path moves, and this block's path neurons."""
-        if not self.weights.any():
+        if not self.carry:
             return None
         own = (_on_path(act, path) @ self._weight().T).expand(self.replay.copies, -1, -1)
         return self.replay.add_rows(torch.zeros_like(self._silent) if self._moved is None else self._moved, own)
@@ -448,11 +471,12 @@ class _Clean(_Added):
         replay: Replay,
         alphas: torch.Tensor,
         weights: torch.Tensor,
+        carry: bool,
         states: list[torch.Tensor],
         gradients: list[torch.Tensor | None],
         taps: list[torch.Tensor | None],
     ):
-        super().__init__(replay, alphas, weights)
+        super().__init__(replay, alphas, weights, carry)
         self._states, self._gradients, self._taps = states, gradients, taps
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:

@@ -162,10 +162,10 @@ def test_out_of_memory_halves_the_steps_and_goes_on(monkeypatch, caplog):
     whole = locate(model, batch, n_steps=5)
     real = attribution._search
 
-    def small(captured, config, nodes, weights, steps):
+    def small(captured, config, nodes, weights, steps, measure):
         if steps > 2:
             raise torch.OutOfMemoryError("too large")
-        return real(captured, config, nodes, weights, steps)
+        return real(captured, config, nodes, weights, steps, measure)
 
     monkeypatch.setattr(attribution, "_search", small)
     torch.testing.assert_close(locate(model, batch, n_steps=5).scores, whole.scores, rtol=1e-5, atol=1e-6)
@@ -188,3 +188,14 @@ def test_evaluate_leaves_each_module_in_its_own_mode():
     model.model.layers[1].eval()
     evaluate(model, [text_batch(model, [9], [1])])
     assert model.training and not model.model.layers[1].training and model.model.layers[0].training
+
+
+def test_residuals_are_measured_on_the_first_batch_on_all_or_on_none():
+    model = tiny_llama()
+    batches = [text_batch(model, [9, 8], [1, 2], seed=seed) for seed in (0, 1)]
+    found = {which: locate(model, batches, residuals=which) for which in ("first", "all", "none")}
+    measured = {which: [row is not None for row in one.report["residuals"]] for which, one in found.items()}
+    assert measured == {"first": [True, True, False, False], "all": [True] * 4, "none": [False] * 4}
+    for which in ("first", "none"):
+        assert torch.equal(found[which].path, found["all"].path)
+        torch.testing.assert_close(found[which].scores, found["all"].scores, rtol=1e-5, atol=1e-6)

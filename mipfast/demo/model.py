@@ -165,7 +165,9 @@ def train(model: Any, encoder: Encoder, split: Split | None, seed: int = 0, step
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN_LR, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAIN_LR, total_steps=steps, pct_start=0.1)
     model.train()
-    for batch in tqdm(_training_batches(encoder, split, seed, steps), total=steps, desc="train", leave=False, disable=None):
+    for batch in tqdm(
+        _training_batches(encoder, split, seed, steps), total=steps, desc="train", leave=False, disable=None
+    ):
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
