@@ -164,7 +164,8 @@ def read(folder: str | Path) -> Attribution:
 
 class _Sums:
     """Running sums [L,F] of an aggregated run, over scores per label: total and squares in float64, so that adding
-    goes on to the same bits; members: on how many samples' paths a neuron was. residuals: summed [L] over the samples measured."""
+    goes on to the same bits; members: on how many samples' paths a neuron was. residuals [L] are summed over the
+    measured samples."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]):
         self.tensors, self.facts = tensors, facts
