@@ -100,7 +100,8 @@ DEVICES = {
 @dataclass(frozen=True)
 class Estimate:
     """flops, bytes (weights read) and seconds of all samples, by phase: capture (clean run and check), search (what the
-    scores need) and completeness (the residual's row at alpha = 0 and its derivative). seconds are a floor: every
+    scores need) and completeness (the residual's row at alpha = 0 and its derivative, of the batches for which
+    config.residuals wants it). seconds are a floor: every
     product at the device's rate or its weights at its bandwidth, no launches. tokens: of all samples. memory: bytes
     at the peak, with all steps in one replay."""
 
@@ -145,9 +146,11 @@ def estimate(
     batch_size = min(batch_size, samples)
     work = _Work(shape, batch_size, prompt + answer + patches // shape.merge, answer, patches)
     copies = _vision(work, config) if vision else _text(work, config)
-    batches = samples / batch_size
+    every = samples / batch_size
+    measured = {"all": every, "first": 1.0, "none": 0.0}[config.residuals]
     flops, read, seconds = {}, {}, {}
     for phase, products in work.phases.items():
+        batches = measured if phase == "completeness" else every
         flops[phase] = batches * sum(f for f, _ in products)
         read[phase] = batches * sum(b for _, b in products)
         seconds[phase] = batches * sum(max(f / device.flops, b / device.bandwidth) for f, b in products)

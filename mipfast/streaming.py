@@ -34,10 +34,11 @@ RUN, SHARDS, AGGREGATE = "run.json", "shard-*.safetensors", "aggregate.safetenso
 
 @dataclass(frozen=True)
 class Survey:
-    """What a data file holds. samples, tokens: totals; digest: sha256 of the file; batches: how many of each (samples,
-    tokens before the first answer, tokens after, patches per sample)."""
+    """What a data file holds. samples, chunks, tokens: totals; digest: sha256 of the file; batches: how many of each
+    (samples, tokens before the first answer, tokens after, patches per sample)."""
 
     samples: int
+    chunks: int
     tokens: int
     digest: str
     batches: Counter[tuple[int, int, int, int]]
@@ -54,10 +55,10 @@ def survey(
     sizes are read. Raises InputError with the line's number."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
-    samples, tokens, shapes = 0, 0, Counter[tuple[int, int, int, int]]()
+    samples, chunks, tokens, shapes = 0, 0, 0, Counter[tuple[int, int, int, int]]()
     for lines in _chunks(data, batch_size, limit):
         chunk = _encoded(encoder, lines, config, data)
-        samples, tokens = samples + len(chunk), tokens + sum(s.tokens for s in chunk)
+        samples, chunks, tokens = samples + len(chunk), chunks + 1, tokens + sum(s.tokens for s in chunk)
         for order in _batches(chunk, batch_size):
             batch = [chunk[i] for i in order]
             before = min(len(s.prompt) for s in batch)
@@ -65,7 +66,7 @@ def survey(
     if not samples:
         raise InputError(f"{data} is empty; {EXPECTED}")
     with Path(data).open("rb") as file:
-        return Survey(samples, tokens, hashlib.file_digest(file, "sha256").hexdigest(), shapes)
+        return Survey(samples, chunks, tokens, hashlib.file_digest(file, "sha256").hexdigest(), shapes)
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,19 @@ def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iter
     flops, memory = 0.0, 0.0
     devices = [*devices, *DEVICES.values()]
     seconds = {device.name: 0.0 for device in devices}
+    # "first" is each chunk's first batch: its share of every batch's cost
+    measured = surveyed.chunks / surveyed.batches.total() if config.residuals == "first" else 1.0
+
+    def summed(phases: dict[str, float]) -> float:
+        return sum(value * (measured if phase == "completeness" else 1) for phase, value in phases.items())
+
     for (size, before, after, patches), count in surveyed.batches.items():
         text = max(1, before - patches // shape.merge)
         for device in devices:
             sizes: dict[str, Any] = {"prompt": text, "answer": after, "patches": patches, "samples": size}
             one = estimate(shape, **sizes, batch_size=size, config=config, device=device)
-            seconds[device.name] += count * sum(one.seconds.values())
-        flops, memory = flops + count * sum(one.flops.values()), max(memory, one.memory)
+            seconds[device.name] += count * summed(one.seconds)
+        flops, memory = flops + count * summed(one.flops), max(memory, one.memory)
     return Forecast(flops, seconds, memory)
 
 

@@ -49,9 +49,14 @@ def test_by_hand():
 def test_samples_batches_and_devices():
     sizes = {"prompt": 104, "answer": 24}
     one = estimate(QWEN_3B, **sizes)
-    many = estimate(QWEN_3B, **sizes, samples=64, batch_size=32)
+    options = {"samples": 64, "batch_size": 32}
+    many = estimate(QWEN_3B, **sizes, **options, config=LocateConfig(residuals="all"))
     assert many.tokens == 64 * 128 and total(many.flops) == pytest.approx(64 * total(one.flops))
     assert total(many.bytes) == pytest.approx(2 * total(one.bytes))  # weights are read once per batch
+    for residuals, batches in (("first", 1), ("none", 0)):
+        some = estimate(QWEN_3B, **sizes, **options, config=LocateConfig(residuals=residuals))
+        assert some.flops["search"] == many.flops["search"]
+        assert some.flops["completeness"] == pytest.approx(batches / 2 * many.flops["completeness"])
     slow = estimate(QWEN_3B, **sizes, device=Device("slow", 79e12, 0.43e12))
     assert total(slow.seconds) == pytest.approx(10 * total(one.seconds))
     assert one.memory > QWEN_3B.weights * 2 and many.memory > one.memory
@@ -122,7 +127,9 @@ def counted(model, batch, config):
     return counter.flops
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "gaussradau", "n_steps": 3}, {"search": "pointwise"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "gaussradau", "n_steps": 3}, {"search": "pointwise"}, {"residuals": "none"}]
+)
 def test_counted_flops_of_text(options):
     sizes = {"vocab_size": 61, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 128}
     model = tiny._settle(LlamaForCausalLM(tiny._llama_config(**sizes)), torch.float32)

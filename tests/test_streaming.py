@@ -126,15 +126,15 @@ def test_the_demo_model_equals_locate_on_the_same_batches(mixed_file, tmp_path, 
     found = run(DEMO, data, tmp_path / "out", config, batch_size=4)
     model, encoder = load(DEMO)
     encoded = [encoder.encode(sample) for sample in samples.read_samples(data)]
-    seen = []
+    batches = []
     for pictures in (False, True):
         kind = sorted((s for s in encoded if bool(s.image) == pictures), key=lambda s: (len(s.prompt), len(s.answer)))
-        for batch in (kind[i : i + 4] for i in range(0, len(kind), 4)):
-            expected = mipfast.locate(model, encoder.batch(batch), config)
-            index = [sample.line - 1 for sample in batch]
-            assert torch.equal(found.scores[index], expected.scores) and torch.equal(found.path[index], expected.path)
-            seen += index
-    assert sorted(seen) == list(range(len(found.scores))) == list(range(20 if modality == "text" else 10))
+        batches += [kind[i : i + 4] for i in range(0, len(kind), 4)]
+    expected = mipfast.locate(model, [encoder.batch(batch) for batch in batches], config)
+    index = [sample.line - 1 for batch in batches for sample in batch]
+    assert torch.equal(found.scores[index], expected.scores) and torch.equal(found.path[index], expected.path)
+    assert [found.report["residuals"][i] for i in index] == expected.report["residuals"]
+    assert sorted(index) == list(range(len(found.scores))) == list(range(20 if modality == "text" else 10))
     assert encoder.batch(encoded[-1:])["pixel_values"].shape == (16, 1176)
 
 
@@ -364,7 +364,11 @@ def test_dry_run_shows_the_cost_and_runs_nothing(llama, text_file, tmp_path, mon
     surveyed = streaming.survey(encoder, text_file, LocateConfig(), limit=10)
     encoded = [encoder.encode(s) for s in samples.read_samples(text_file, 10)]
     assert (surveyed.samples, surveyed.tokens) == (10, sum(s.tokens for s in encoded))
-    assert str(surveyed.tokens) in shown and sum(count * b[0] for b, count in surveyed.batches.items()) == 10
+    assert (
+        surveyed.chunks == 1
+        and str(surveyed.tokens) in shown
+        and sum(count * b[0] for b, count in surveyed.batches.items()) == 10
+    )
 
 
 def test_the_command_line_s_options_reach_the_config(mixed_file, tmp_path):
