@@ -1,0 +1,439 @@
+"""Whole searches against the released code (`released.py`) and Captum, on random weights.
+
+One process, interleaved, medians. On a CPU the clock is this process's CPU time: a busy machine stretches the wall
+clock of either side at will. A ratio is the baseline's seconds over ours, per sample. Before a time is taken, the
+baseline must compute the released preset's scores and cost no more than the passes it is made of, and our default must
+compute what native replay does.
+
+A call measures residuals on its first batch, so a row of one batch pays for them; no baseline has any. Rows that end
+in "no residuals" are what each later batch costs.
+
+    python bench/test_bench_locate.py memory default|released      peak growth of this process, in bytes
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent))
+import released  # noqa: E402
+
+from mipfast import LocateConfig, attribution, locate  # noqa: E402
+from mipfast.attribution import objective_value  # noqa: E402
+from mipfast.positions import find_labels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS, WORDS = 4, 4000
+BARE = ", no residuals"
+# (floor, target) of every ratio; memory: our growth over the baseline's
+GOALS = {
+    "released preset": (1.8, 2.2),
+    "default, one sample": (10, 13),
+    "default, 4 samples per batch": (14, 18),
+    "default / released 20 steps": (45, 65),
+    "default, prompt 256 + answer 16": (20, 28),
+    "IFI, 4 left steps both": (1.7, 2.0),
+    "IFI default": (4, 5.2),
+    "Captum pointwise": (2.4, 4),
+    "memory growth": (1 / 4, 1 / 8),
+}
+
+
+def llama(layers=12, hidden=512, neurons=1536, words=WORDS):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=neurons,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval().to(DEVICE)
+
+
+def qwen_vl():
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=WORDS,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            rope_theta=1e4,
+            rope_scaling=dict(type="mrope", mrope_section=[8, 12, 12]),
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        vision_config=dict(
+            depth=8,
+            hidden_size=256,
+            intermediate_size=512,
+            num_heads=4,
+            out_hidden_size=512,
+            patch_size=14,
+            spatial_merge_size=2,
+            window_size=112,
+            fullatt_block_indexes=[3, 7],
+        ),
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=WORDS - 1,
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval().to(DEVICE)
+
+
+def text_batch(prompt, answer, samples=1, words=WORDS):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(6, words - 1, (samples, prompt + answer), generator=generator)
+    return _batch(ids, answer)
+
+
+def image_batch():
+    """66 tokens: 4, 36 of the picture (144 patches), 26 of which 8 are labels."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(6, WORDS - 1, (28,), generator=generator).tolist()
+    ids = torch.tensor([[*words[:3], 3, *[5] * 36, 4, *words[3:]]])
+    patches = torch.randn(144, 3 * 2 * 14 * 14, generator=generator).to(DEVICE)
+    grid = torch.tensor([[1, 12, 12]]).to(DEVICE)
+    return _batch(ids, 8) | dict(
+        mm_token_type_ids=(ids == 5).long().to(DEVICE), pixel_values=patches, image_grid_thw=grid
+    )
+
+
+def _batch(ids, answer):
+    labels = ids.clone()
+    labels[:, :-answer] = -100
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    return {name: value.to(DEVICE) for name, value in batch.items()}
+
+
+def seconds(call):
+    if DEVICE == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return llama(), text_batch(56, 8)
+
+
+@pytest.fixture(scope="module")
+def vision():
+    return qwen_vl(), image_batch()
+
+
+@pytest.fixture
+def interleaved(benchmark):
+    """interleaved(calls, rounds=, repeats=): median seconds of every call. The benchmark's own row is the last call's;
+    it alone is repeated, where the others are too long for more rounds."""
+
+    def run(calls, rounds=3, repeats=1):
+        taken = defaultdict(list)
+        *others, ours = calls
+
+        def clock(name):
+            taken[name].append(seconds(calls[name]))
+
+        def setup():
+            for name in others:
+                clock(name)
+
+        def timed():
+            for _ in range(repeats):
+                clock(ours)
+
+        benchmark.pedantic(timed, setup=setup, rounds=rounds)
+        medians = {name: statistics.median(times) for name, times in taken.items()}
+        benchmark.extra_info["seconds"] = {name: [round(t, 4) for t in times] for name, times in taken.items()}
+        return medians
+
+    return run
+
+
+@pytest.fixture
+def row(benchmark, pytestconfig):
+    """row(name, ratio, note): for the table, the JSON and extra_info."""
+
+    def add(name, ratio, note=""):
+        floor, target = GOALS[name.removesuffix(BARE)]
+        entry = dict(name=name, ratio=round(ratio, 3), floor=floor, target=target, note=note, load=os.getloadavg()[0])
+        pytestconfig.locate_rows.append(entry)
+        benchmark.extra_info[name] = entry
+
+    return add
+
+
+@pytest.fixture
+def skip_long(pytestconfig):
+    if not pytestconfig.getoption("locate_full"):
+        pytest.skip("a baseline of a minute: needs --locate-full")
+
+
+def assert_same(found, expected, tolerance, path=True):
+    """found an Attribution of one sample, expected (scores [L,F], path [L,k])."""
+    scores = expected[0].float().cpu()
+    off = (found.scores[0] - scores).abs().amax(1) / scores.abs().amax(1)
+    assert off.max() <= tolerance, f"scores off by {off.max():.1e} of a layer's largest"
+    assert not path or found.path[0].tolist() == expected[1].tolist(), "other neurons on the path"
+
+
+def assert_native(monkeypatch, model, batch, **options):
+    """Our shortcuts change nothing."""
+    found = locate(model, batch, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(attribution, "plan", lambda capture: (capture, None))
+        native = locate(model, batch, **options)
+    for i in range(len(found.path)):
+        off = (found.scores[i] - native.scores[i]).abs().amax(1) / native.scores[i].abs().amax(1)
+        assert off.max() <= 1e-4, f"scores off by {off.max():.1e} of native replay's largest"
+
+
+def assert_lean(search, model, batch, projections):
+    """The baseline takes no longer than one hooked forward and backward of m rows per layer, within 15 %."""
+    copies = {name: released._tile(value, STEPS) for name, value in batch.items()}
+
+    def one_pass():
+        def overwrite(module, args):
+            tokens = args[0].reshape(STEPS, -1, args[0].shape[-1]).clone()
+            tokens[:, 0] = leaf
+            return tokens.view_as(args[0])
+
+        leaf = torch.zeros(STEPS, projections[0].in_features, device=DEVICE, requires_grad=True)
+        handle = projections[len(projections) // 2].register_forward_pre_hook(overwrite)
+        released._loss(model, copies).backward()
+        handle.remove()
+        model.zero_grad()
+
+    one_pass()
+    for _ in range(3):
+        before = statistics.median(seconds(one_pass) for _ in range(3))
+        whole = seconds(lambda: search(model, batch))
+        passes = len(projections) * statistics.median([before, *(seconds(one_pass) for _ in range(3))])
+        if abs(whole / passes - 1) <= 0.15:
+            return
+    pytest.fail(f"the baseline took {whole:.2f} s, its {len(projections)} passes {passes:.2f} s: no fair baseline")
+
+
+def test_text(text, interleaved, row, monkeypatch):
+    model, batch = text
+    four = text_batch(56, 8, 4)
+    preset = LocateConfig.released("text")
+    assert_same(locate(model, batch, preset), released.released_igi(model, batch), 1e-5)
+    assert_lean(released.released_igi, model, batch, [block.mlp.down_proj for block in model.model.layers])
+    assert_native(monkeypatch, model, batch)
+    assert_native(monkeypatch, model, four)
+    took = interleaved(
+        {
+            "released": lambda: released.released_igi(model, batch),
+            "frozen": lambda: released.released_igi(model, batch, frozen=True),
+            "preset": lambda: locate(model, batch, preset),
+            "four": lambda: locate(model, four),
+            "four bare": lambda: locate(model, four, residuals="none"),
+            "bare": lambda: locate(model, batch, residuals="none"),
+            "default": lambda: locate(model, batch),
+        }
+    )
+    for name, ours in (
+        ("released preset", took["preset"]),
+        ("default, one sample", took["default"]),
+        ("default, one sample" + BARE, took["bare"]),
+        ("default, 4 samples per batch", took["four"] / 4),
+        ("default, 4 samples per batch" + BARE, took["four bare"] / 4),
+    ):
+        frozen = took["frozen"] / ours
+        row(name, took["released"] / ours, f"{took['released']:.2f} s / {ours:.3f} s; frozen {frozen:.2f}x")
+
+
+def test_twenty_steps(text, interleaved, row, skip_long):
+    """Errors: largest difference from 12 Gauss nodes over the layer's largest score, both rules on our integral."""
+    model, batch = text
+    fine = locate(model, batch, n_steps=12).scores
+    errors = [
+        ((locate(model, batch, **rule).scores - fine).abs().amax(2) / fine.abs().amax(2)).max().item()
+        for rule in ({}, dict(method="riemann_left", n_steps=20))
+    ]
+    took = interleaved(
+        {"released": lambda: released.released_igi(model, batch, steps=20), "default": lambda: locate(model, batch)},
+        rounds=1,
+        repeats=3,
+    )
+    note = f"{took['released']:.1f} s / {took['default']:.3f} s; error {errors[0]:.1e}, 20 left steps {errors[1]:.1e}"
+    row("default / released 20 steps", took["released"] / took["default"], note)
+
+
+def test_long_prompt(text, interleaved, row, skip_long, monkeypatch):
+    model, batch = text[0], text_batch(256, 16)
+    assert_native(monkeypatch, model, batch)
+    took = interleaved(
+        {
+            "released": lambda: released.released_igi(model, batch),
+            "bare": lambda: locate(model, batch, residuals="none"),
+            "default": lambda: locate(model, batch),
+        },
+        rounds=1,
+        repeats=3,
+    )
+    for name, key in (("", "default"), (BARE, "bare")):
+        note = f"{took['released']:.1f} s / {took[key]:.3f} s"
+        row("default, prompt 256 + answer 16" + name, took["released"] / took[key], note)
+
+
+def test_vision(vision, interleaved, row, monkeypatch):
+    model, batch = vision
+    preset = locate(model, batch, LocateConfig.released("vision"))
+    assert_same(preset, released.released_ifi(model, batch), 1e-5)
+    assert_lean(released.released_ifi, model, batch, [block.mlp.down_proj for block in model.model.visual.blocks])
+    assert_native(monkeypatch, model, batch, modality="vision")
+    left = dict(modality="vision", method="riemann_left", n_steps=STEPS)
+    took = interleaved(
+        {
+            "released": lambda: released.released_ifi(model, batch),
+            "left": lambda: locate(model, batch, **left),
+            "left bare": lambda: locate(model, batch, residuals="none", **left),
+            "bare": lambda: locate(model, batch, modality="vision", residuals="none"),
+            "default": lambda: locate(model, batch, modality="vision"),
+        }
+    )
+    for name, key in (
+        ("IFI, 4 left steps both", "left"),
+        ("IFI, 4 left steps both" + BARE, "left bare"),
+        ("IFI default", "default"),
+        ("IFI default" + BARE, "bare"),
+    ):
+        row(name, took["released"] / took[key], f"{took['released']:.2f} s / {took[key]:.3f} s")
+
+
+def test_captum(text, interleaved, row):
+    """All positions, no path, 4 Gauss nodes. Zero embeddings are zero activations in a Llama without biases."""
+    attr = pytest.importorskip("captum.attr", reason="captum is not installed")
+    model, batch = text
+    labels = find_labels(batch)
+    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
+
+    def objective(inputs):
+        index = labels.index.repeat(len(inputs), 1)[..., None]
+        states = model.model(inputs_embeds=inputs, use_cache=False)[0]
+        logits = model.lm_head(states.gather(1, index.expand(-1, -1, states.shape[-1])))
+        return objective_value(logits, labels, "logprob")
+
+    def captum():
+        rows = []
+        for block in model.model.layers:
+            method = attr.LayerIntegratedGradients(objective, block.mlp.down_proj)
+            options = dict(n_steps=STEPS, method="gausslegendre", attribute_to_layer_input=True)
+            rows.append(method.attribute(embeddings, torch.zeros_like(embeddings), **options).sum(1)[0])
+        return torch.stack(rows)
+
+    def ours(residuals="first"):
+        return locate(model, batch, positions="all", search="pointwise", residuals=residuals)
+
+    assert_same(ours(), (captum(), None), 1e-4, path=False)
+    took = interleaved({"captum": captum, "bare": lambda: ours("none"), "default": ours})
+    for name, key in (("", "default"), (BARE, "bare")):
+        row("Captum pointwise" + name, took["captum"] / took[key], f"{took['captum']:.2f} s / {took[key]:.3f} s")
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's peak RSS")
+def test_memory(benchmark, row):
+    def grown(which):
+        command = [sys.executable, __file__, "memory", which]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    base, ours = grown("released"), benchmark.pedantic(grown, args=("default",), rounds=1)
+    row("memory growth", ours / base, f"{ours / 2**20:.0f} MiB / {base / 2**20:.0f} MiB")
+
+
+def memory(which):
+    """Peak resident bytes beyond a model that has run once."""
+    torch.set_num_threads(1)
+    model, batch = llama(), text_batch(56, 8)
+    with torch.no_grad():
+        model(batch["input_ids"])
+
+    def resident(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+    before = resident("VmRSS")
+    released.released_igi(model, batch) if which == "released" else locate(model, batch)
+    return resident("VmHWM") - before
+
+
+# ------------------------------------------------------------------------------------------------------------ scaling
+
+SCALES = {"layers": (4, 8, 16, 32), "steps": (4, 8, 16, 32), "tokens": (64, 128, 256, 512), "samples": (2, 4, 8, 16)}
+
+
+@pytest.mark.parametrize("axis", SCALES)
+def test_scaling(axis, benchmark, pytestconfig):
+    """CPU seconds against one size at a time, the least of 3; exponents are slopes of log seconds: over all sizes, and
+    between the two largest."""
+    if not pytestconfig.getoption("locate_scaling"):
+        pytest.skip("needs --locate-scaling PNG")
+    taken = {"released": [], "default": []}
+    for value in SCALES[axis]:
+        at = dict(layers=8, steps=4, tokens=64, samples=1) | {axis: value}
+        model = llama(at["layers"], 128, 384, 500)
+        one = text_batch(at["tokens"] - 8, 8, 1, 500)
+        many = text_batch(at["tokens"] - 8, 8, at["samples"], 500)
+        calls = {
+            "released": lambda m=model, b=one, at=at: [
+                released.released_igi(m, b, at["steps"]) for _ in range(at["samples"])
+            ],
+            "default": lambda m=model, b=many, at=at: locate(m, b, n_steps=at["steps"]),
+        }
+        times = defaultdict(list)
+        for _ in range(3):
+            for name, call in calls.items():
+                times[name].append(seconds(call))
+        for name in calls:
+            taken[name].append(min(times[name]))
+    benchmark.pedantic(lambda: None, rounds=1)
+    exponents = {name: [_slope(SCALES[axis], t), _slope(SCALES[axis][-2:], t[-2:])] for name, t in taken.items()}
+    pytestconfig.locate_scaling[axis] = dict(sizes=SCALES[axis], seconds=taken, exponents=exponents)
+    benchmark.extra_info["exponents"] = exponents
+
+
+def _slope(sizes, times):
+    x, y = [math.log(s) for s in sizes], [math.log(t) for t in times]
+    return round(statistics.linear_regression(x, y).slope, 2)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["memory"]:
+        sys.exit(__doc__)
+    print(json.dumps(memory(sys.argv[2])))
