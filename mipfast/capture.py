@@ -24,17 +24,21 @@ log = logging.getLogger("mipfast")
 @dataclass(frozen=True, eq=False)
 class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
-    base model for a vision stack. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their
+    base model for a vision stack. start, stop: the decoder's tokens that an intervention can change and a label can
+    see. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their
     sample. activations[l]: clean down-projection inputs [R,F] at rows; outputs[l]: clean block outputs [R,H] there.
     base_output: what the head's wrapper got from the base model. tail: what blocks return
     besides their state in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the
-    label positions. recording: of a text stack's attention, where it can be;
-    prefix: set in a capture that `suffix` has cut down to the tokens that can change."""
+    label positions. recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has
+    cut down to start..stop."""
 
     model: nn.Module
     stack: Stack
     batch: Batch
     entry: nn.Module
+    decoder: nn.Module
+    start: int
+    stop: int
     kwargs: dict[str, Any]
     labels: Labels
     rows: Rows
@@ -57,10 +61,10 @@ class Capture:
 
 
 def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool) -> Capture:
-    """Run the model once without gradient, recording a text stack's attention where that is possible. Raises InputError
+    """Run the model once without gradient, recording the decoder's attention where that is possible. Raises InputError
     for an unusable batch, DivergedError for non-finite activations."""
     try:
-        return _capture(model, stack, batch, positions, vision, record=not vision)
+        return _capture(model, stack, batch, positions, vision, record=True)
     except UnsupportedAttention as error:
         log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
         return _capture(model, stack, batch, positions, vision, record=False)
@@ -68,7 +72,8 @@ def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision
 
 def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool, record: bool) -> Capture:
     labels = find_labels(batch)
-    entry = base_model(model) if vision else unwrapped(model).get_decoder()
+    decoder = unwrapped(model).get_decoder()
+    entry = base_model(model) if vision else decoder
     seen: dict[str, Any] = {}
     activations: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
@@ -99,7 +104,7 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
         outputs.append(state.detach().reshape(-1, state.shape[-1])[seen["rows"].index])
 
     with ExitStack() as hooks:
-        seen["recording"] = hooks.enter_context(recording(entry)) if record else None
+        seen["recording"] = hooks.enter_context(recording(decoder)) if record else None
         hooks.enter_context(removing(base_model(model).register_forward_hook(keep_base_output)))
         hooks.enter_context(removing(entry.register_forward_pre_hook(keep_kwargs, with_kwargs=True)))
         for output in stack.outputs:
@@ -123,11 +128,17 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
                 f"activations of {stack.name} layer {layer} are not finite in samples {bad}; "
                 "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
             )
+    length = batch["labels"].shape[1]
+    position = seen["rows"].index - seen["rows"].sample * length
+    start, last = (_first_image(model, batch), 0) if vision else (int(position.min()), int(position.max()))
     return Capture(
         model,
         stack,
         batch,
         entry,
+        decoder,
+        start,
+        max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
         seen["kwargs"],
         labels,
         seen["rows"],
@@ -179,6 +190,14 @@ def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
         yield
 
 
+def _first_image(model: Any, batch: Batch) -> int:
+    """The first position at which any sample has a picture; 0 where the batch does not say."""
+    image_token, ids = _image_token(model.config), batch.get("input_ids")
+    if ids is None or image_token is None:
+        return 0
+    return int((ids == image_token).int().argmax(1).min())
+
+
 def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bool) -> torch.Tensor:
     """[n] int64. A vision tower's tokens are shared out in proportion to the samples' crops, or image placeholders."""
     if not vision:
@@ -193,10 +212,14 @@ def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bo
     return counts
 
 
+def _image_token(config: Any) -> int | None:
+    return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+
+
 def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
     """Numbers in proportion to each sample's tokens in the vision tower."""
     ids = batch.get("input_ids")
-    image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    image_token = _image_token(config)
     if "image_sizes" in batch and hasattr(config, "image_grid_pinpoints"):
         # LLaVA-NeXT and -OneVision: placeholders leave out what pads a crop, the tower does not
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -34,6 +35,9 @@ UNTILED = ("cache_position", "logits_to_keep")
 BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves every sample
 # Arguments of decoders with a token dimension, and which it is.
 TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
+PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
+
+_seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # towers whose suffix gave the clean logits
 
 
 class Replay:
@@ -140,7 +144,10 @@ class Replay:
 
         with ExitStack() as patches:
             if capture.prefix:
-                patches.enter_context(attending(entry, capture.prefix))
+                patches.enter_context(attending(capture.decoder, capture.prefix))
+                if entry is not capture.decoder:
+                    hook = capture.decoder.register_forward_pre_hook(self._cut_call, with_kwargs=True)
+                    patches.enter_context(removing(hook))
             patches.enter_context(_forward(base, from_entry))
             for block, state in zip(capture.stack.blocks, self.states, strict=False):
                 patches.enter_context(_forward(block, lambda *_, _state=state, **__: self._output(_state)))
@@ -163,7 +170,7 @@ class Replay:
         hidden = hidden.detach()
         with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
             if self.capture.prefix:
-                patches.enter_context(attending(self.capture.entry, self.capture.prefix))
+                patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
             if tangent is not None:
                 patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
                 values = forward_ad.make_dual(values, tangent)
@@ -175,6 +182,11 @@ class Replay:
             if tangent is not None and moved is None:
                 moved = torch.zeros_like(state)
             return state.detach().clone(), None if moved is None else moved.detach().clone()
+
+    def _cut_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args or self.capture.prefix is None:
+            raise ValueError("a decoder called with unnamed arguments cannot be cut")
+        return (), _cut(kwargs, self.capture.prefix.start, self.capture.prefix.stop, pictures_follow=True)
 
     def _reach(self, block: nn.Module) -> None:
         """Run up to a block that no replay has reached yet, for its arguments."""
@@ -220,14 +232,14 @@ def plan(capture: Capture) -> tuple[Capture, Replay | None]:
 
     The check costs one forward pass of one copy. It compares every block's output at the chosen rows with the clean
     run's: wrong wherever a block does more with its FFN's output than add it, or attention over the prefix is not what
-    it was."""
+    it was. Once per model it also compares the logits, for what lies behind a vision tower."""
     if any(type(output) is not nn.Linear for output in capture.stack.outputs):
         return capture, None
     for candidate in filter(None, (suffix(capture), capture)):
         clean = Replay(candidate, 1)
         try:
             with torch.no_grad():
-                exact = all(_adds(clean, layer) for layer in range(capture.stack.num_layers))
+                exact = all(_adds(clean, layer) for layer in range(capture.stack.num_layers)) and _sees(clean)
         except Exception as error:  # a family whose glue cannot run on a suffix says so in its own words
             log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
             exact = False
@@ -243,44 +255,71 @@ def _adds(clean: Replay, layer: int) -> bool:
     act, weight = clean.capture.activations[layer], clean.capture.stack.outputs[layer].weight
     state, _ = clean.silent(carry=False)
     clean.push(clean.add_rows(state, (act @ weight.T)[None]), None)
-    found, expected = clean.at_rows(clean.states[-1])[0], clean.capture.outputs[layer]
-    # 64 roundings of the state's dtype: a wrong mask or scale is off by far more
-    tolerance = 64 * torch.finfo(found.dtype).eps * expected.abs().max()
-    return bool((found - expected).abs().max() <= tolerance)
+    return _close(clean.at_rows(clean.states[-1])[0], clean.capture.outputs[layer])
+
+
+def _sees(clean: Replay) -> bool:
+    """Whether the clean states give the clean logits. Asked once per model and tower: it is a matter of the code."""
+    capture = clean.capture
+    if capture.prefix is None or capture.entry is capture.decoder or capture.stack.name in _seen.get(capture.model, ()):
+        return True
+    mask = capture.labels.mask
+    exact = _close(clean.run()[mask], capture.logits[mask])
+    if exact:
+        _seen.setdefault(capture.model, set()).add(capture.stack.name)
+    return exact
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal to 64 roundings of the dtype: a wrong mask or scale is off by far more."""
+    return bool((found - expected).abs().max() <= 64 * torch.finfo(found.dtype).eps * expected.abs().max())
 
 
 def suffix(capture: Capture) -> Capture | None:
-    """The capture without the tokens before the first chosen position, which attend as a shared clean prefix, and
-    without those after the last label. None where there is nothing to cut, or the decoder's arguments do not say
-    how."""
-    if capture.recording is None:
+    """The capture for which the decoder runs on tokens start..stop alone: those before attend as a shared clean prefix.
+    None where there is nothing to cut, or the decoder's arguments do not say how."""
+    n, length = capture.num_samples, capture.batch["labels"].shape[1]
+    start, stop = capture.start, capture.stop
+    if capture.recording is None or (start, stop) == (0, length):
         return None
-    n, length = capture.num_samples, capture.tokens // capture.num_samples
-    position = capture.rows.index - capture.rows.sample * length
-    last = torch.maximum(position.max(), capture.labels.index.where(capture.labels.mask, 0).max())
-    start, stop = int(position.min()), int(last) + 1
     prefix = capture.recording.suffix(start, stop)
-    if (start, stop) == (0, length) or prefix is None:
+    if prefix is None:
         return None
-    kwargs: dict[str, Any] = {}
-    for name, value in capture.kwargs.items():
-        if name == "attention_mask" or not isinstance(value, torch.Tensor | list | dict):
-            kwargs[name] = None if name == "attention_mask" else value  # the recorded masks stand in
-        elif name in TOKEN_DIM and isinstance(value, torch.Tensor):
-            kwargs[name] = value.narrow(TOKEN_DIM[name], start, stop - start)
-        else:
-            return None
-    if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = torch.arange(start, stop, device=position.device)[None]
     index = (capture.labels.index - start).clamp(0, stop - start - 1)
+    capture = replace(capture, labels=Labels(index, capture.labels.target, capture.labels.mask), prefix=prefix)
+    if capture.entry is not capture.decoder:
+        return capture  # the decoder's arguments are cut when the replay reaches it
+    try:
+        kwargs = _cut(capture.kwargs, start, stop)
+    except ValueError as error:
+        log.debug("no suffix: %s", error)
+        return None
+    device, position = capture.rows.index.device, capture.rows.index - capture.rows.sample * length
     return replace(
         capture,
         kwargs=kwargs,
-        labels=Labels(index, capture.labels.target, capture.labels.mask),
         rows=Rows(capture.rows.sample, capture.rows.sample * (stop - start) + position - start),
-        token_sample=torch.arange(n, device=position.device).repeat_interleave(stop - start),
-        prefix=prefix,
+        token_sample=torch.arange(n, device=device).repeat_interleave(stop - start),
     )
+
+
+def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = False) -> dict[str, Any]:
+    """A decoder's arguments for tokens start..stop; with pictures_follow none of them lies before start. Raises
+    ValueError for an argument that TOKEN_DIM does not know."""
+    cut: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name == "attention_mask":
+            cut[name] = None  # the recorded masks stand in
+        elif isinstance(value, torch.Tensor) and name in TOKEN_DIM:
+            cut[name] = value.narrow(TOKEN_DIM[name], start, stop - start)
+        elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in PICTURES):
+            raise ValueError(f"how to cut the decoder's {name} is not known")
+        else:
+            cut[name] = value
+    if cut.get("position_ids") is None:
+        some = next(v for k, v in kwargs.items() if k in TOKEN_DIM and isinstance(v, torch.Tensor))
+        cut["position_ids"] = torch.arange(start, stop, device=some.device)[None]
+    return cut
 
 
 @contextmanager
