@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -250,17 +250,30 @@ def _with_memory(
     while True:
         try:
             return _search(captured, config, nodes, weights, steps, measure)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if steps == 1:
-                raise
+                raise InputError(
+                    f"one step of a batch of {captured.num_samples} samples and {captured.tokens} tokens does not fit "
+                    "into memory; give smaller batches"
+                ) from error
             steps = (steps + 1) // 2
             log.warning("out of memory: going on with %d of %d steps per replay", steps, len(nodes))
 
 
 def _bytes_per_copy(captured: Capture) -> int:
-    """What autograd keeps of one copy: about 8 hidden-wide and 4 FFN-wide tensors per token and block."""
-    hidden, neurons = captured.outputs[0].shape[-1], captured.stack.num_neurons
-    return captured.stack.num_layers * captured.tokens * (8 * hidden + 4 * neurons) * captured.outputs[0].element_size()
+    """What autograd keeps of one copy: about 8 hidden-wide and 4 FFN-wide tensors per token and block, of the stack
+    and, behind a vision tower, of the language model."""
+
+    def kept(blocks: int, tokens: int, hidden: int, neurons: int) -> int:
+        return blocks * tokens * (8 * hidden + 4 * neurons) * captured.outputs[0].element_size()
+
+    stack, language = captured.stack, cast(Any, captured.decoder.config)
+    suffix = captured.num_samples * (captured.stop - captured.start)
+    if captured.entry is captured.decoder:
+        return kept(stack.num_layers, suffix, captured.outputs[0].shape[-1], stack.num_neurons)
+    own = kept(stack.num_layers, captured.tokens, captured.outputs[0].shape[-1], stack.num_neurons)
+    neurons = getattr(language, "intermediate_size", 4 * language.hidden_size)
+    return own + kept(language.num_hidden_layers, suffix, language.hidden_size, neurons)
 
 
 def _search(

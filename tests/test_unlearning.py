@@ -199,3 +199,15 @@ def test_residuals_are_measured_on_the_first_batch_on_all_or_on_none():
     for which in ("first", "none"):
         assert torch.equal(found[which].path, found["all"].path)
         torch.testing.assert_close(found[which].scores, found["all"].scores, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_which_not_one_step_fits_says_so(monkeypatch):
+    from mipfast import attribution
+
+    def never(*_):
+        raise torch.OutOfMemoryError("too large")
+
+    model = tiny_llama()
+    monkeypatch.setattr(attribution, "_search", never)
+    with pytest.raises(InputError, match="2 samples.*smaller batches"):
+        locate(model, text_batch(model, [9, 8], [1, 2]))
