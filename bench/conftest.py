@@ -11,7 +11,7 @@ import torch
 
 def pytest_addoption(parser):
     group = parser.getgroup("locate")
-    group.addoption("--locate-full", action="store_true", help="the baselines of a minute too")
+    group.addoption("--locate-full", action="store_true", help="3 rounds, not 1, and the baselines of a minute too")
     group.addoption("--locate-json", type=Path, help="write their ratios here")
     group.addoption("--locate-scaling", type=Path, metavar="PNG", help="measure how cost scales too, and draw it here")
 

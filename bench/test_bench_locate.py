@@ -1,9 +1,9 @@
 """Whole searches against the released code (`released.py`) and Captum, on random weights.
 
-One process, interleaved, medians. On a CPU the clock is this process's CPU time: a busy machine stretches the wall
-clock of either side at will. A ratio is the baseline's seconds over ours, per sample. Before a time is taken, the
-baseline must compute the released preset's scores and cost no more than the passes it is made of, and our default must
-compute what native replay does.
+One process, interleaved, medians of 3 rounds with --locate-full, else one round. On a CPU the clock is this process's
+CPU time: a busy machine stretches the wall clock of either side at will. A ratio is the baseline's seconds over ours,
+per sample. Before a time is taken, the baseline must compute the released preset's scores and cost no more than the
+passes it is made of, and our default must compute what native replay does.
 
 A call measures residuals on its first batch, so a row of one batch pays for them; no baseline has any. Rows that end
 in "no residuals" are what each later batch costs.
@@ -156,11 +156,11 @@ def vision():
 
 
 @pytest.fixture
-def interleaved(benchmark):
+def interleaved(benchmark, pytestconfig):
     """interleaved(calls, rounds=, repeats=): median seconds of every call. The benchmark's own row is the last call's;
     it alone is repeated, where the others are too long for more rounds."""
 
-    def run(calls, rounds=3, repeats=1):
+    def run(calls, rounds=None, repeats=1):
         taken = defaultdict(list)
         *others, ours = calls
 
@@ -175,7 +175,7 @@ def interleaved(benchmark):
             for _ in range(repeats):
                 clock(ours)
 
-        benchmark.pedantic(timed, setup=setup, rounds=rounds)
+        benchmark.pedantic(timed, setup=setup, rounds=rounds or (3 if pytestconfig.getoption("locate_full") else 1))
         medians = {name: statistics.median(times) for name, times in taken.items()}
         benchmark.extra_info["seconds"] = {name: [round(t, 4) for t in times] for name, times in taken.items()}
         return medians
