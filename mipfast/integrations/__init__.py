@@ -1,0 +1,1 @@
+"""mipfast behind the interfaces of other libraries."""
