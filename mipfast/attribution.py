@@ -36,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"score": "igi", "positions": "last_prompt", "method": "gausslegendre", "n_steps": 4},
     "vision": {"score": "ifi", "positions": "all", "method": "gaussradau", "n_steps": 2},
 }
+ONE_PASS: dict[str, Any] = {"method": "gaussradau", "n_steps": 1}  # its one node is the clean run of every layer
 OBJECTIVES = ("logprob", "prob", "log_odds", "loss")
 FREE = (
     "n_steps",
@@ -54,10 +55,11 @@ class LocateConfig:
     modality: which tower. score: igi (integrated gradient) or ifi (integrated squared gradient); None, like positions,
     n_steps and method, takes the modality's default: text igi, last_prompt, 4 nodes of gausslegendre; vision ifi, all
     patches, 2 nodes of gaussradau. top_k: neurons the path keeps per layer. search: greedy (the path's earlier neurons
-    are scaled too) or pointwise (no path). combine: sum (integrated gradient), product (NeuronPath's joint score),
-    released (see LocateConfig.released). objective: logprob, prob, log_odds (larger supports the answer) or loss.
-    stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may keep,
-    or "auto": all steps at once, halved on out-of-memory. residuals: for which batches of a call the completeness
+    are scaled too), pointwise (no path), or one-pass, which is approximate: the gradient at the clean run alone, of all
+    layers at once (docs/search.md says how far off). combine: sum (integrated gradient), product (NeuronPath's joint
+    score), released (see LocateConfig.released). objective: logprob, prob, log_odds (larger supports the answer) or
+    loss. stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may
+    keep, or "auto": all steps at once, halved on out-of-memory. residuals: for which batches of a call the completeness
     residual is measured, which costs a forward pass per layer: the first, all or none. progress: a bar over batches.
     """
 
@@ -67,7 +69,7 @@ class LocateConfig:
     n_steps: int | None = None
     method: str | None = None
     top_k: int = 5
-    search: Literal["greedy", "pointwise"] = "greedy"
+    search: Literal["greedy", "pointwise", "one-pass"] = "greedy"
     combine: Literal["sum", "product", "released"] = "sum"
     objective: Literal["logprob", "prob", "log_odds", "loss"] = "logprob"
     stack: str | None = None
@@ -95,7 +97,7 @@ class LocateConfig:
         choices = {
             "modality": tuple(DEFAULTS),
             "score": (None, "igi", "ifi"),
-            "search": ("greedy", "pointwise"),
+            "search": ("greedy", "pointwise", "one-pass"),
             "combine": ("sum", "product", "released"),
             "objective": OBJECTIVES,
             "residuals": ("first", "all", "none"),
@@ -105,8 +107,16 @@ class LocateConfig:
                 raise InputError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
         if self.memory_budget != "auto" and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
             raise InputError(f"memory_budget={self.memory_budget!r}; expected 'auto' or a number of bytes")
-        open_fields = {k: v for k, v in DEFAULTS[self.modality].items() if getattr(self, k) is None}
-        config = replace(self, **open_fields)
+        defaults = DEFAULTS[self.modality] | (ONE_PASS if self.search == "one-pass" else {})
+        config = replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+        if config.search == "one-pass":
+            single = {"combine": "sum", **ONE_PASS}
+            other = [f"{k}={getattr(config, k)!r}" for k, v in single.items() if getattr(config, k) != v]
+            if other:
+                raise InputError(
+                    f"search='one-pass' with {', '.join(other)}; it has the one node alpha = 1, and combine='sum': "
+                    "leave these fields open, or use search='pointwise'"
+                )
         if config.combine == "product" and config.score == "ifi":
             raise InputError("combine='product' multiplies gradients and activations, score='ifi' has none: use 'igi'")
         if config.combine == "released":
@@ -124,9 +134,9 @@ class LocateConfig:
 
 @dataclass(eq=False)
 class Attribution:
-    """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, sign of
-    the objective, completeness residuals [n][L] (None where not measured), layers without gradient, labels per sample,
-    stack, fingerprint, versions."""
+    """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, whether
+    the search is approximate, sign of the objective, completeness residuals [n][L] (None where not measured), layers
+    without gradient, labels per sample, stack, fingerprint, versions."""
 
     scores: torch.Tensor
     path: torch.Tensor
@@ -180,6 +190,7 @@ def locate(
         torch.cat(paths),
         {
             "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
+            "approximate": config.search == "one-pass",
             "stack": stack.name,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
