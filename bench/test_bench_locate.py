@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_
 sys.path.insert(0, str(Path(__file__).parent))
 import released  # noqa: E402
 
-from mipfast import LocateConfig, attribution, locate  # noqa: E402
+from mipfast import LocateConfig, chunks, locate  # noqa: E402
 from mipfast.attribution import objective_value  # noqa: E402
 from mipfast.positions import find_labels  # noqa: E402
 
@@ -214,7 +214,7 @@ def assert_native(monkeypatch, model, batch, **options):
     """Our shortcuts change nothing."""
     found = locate(model, batch, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(attribution, "plan", lambda capture: (capture, None))
+        patch.setattr(chunks, "plan", lambda capture: (capture, None))
         native = locate(model, batch, **options)
     for i in range(len(found.path)):
         off = (found.scores[i] - native.scores[i]).abs().amax(1) / native.scores[i].abs().amax(1)

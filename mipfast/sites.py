@@ -95,7 +95,7 @@ class Sites:
 def find_sites(model: nn.Module) -> Sites:
     """The FFN stacks of a transformers model: every ModuleList whose blocks each hold one FFN output projection.
 
-    Raises ModelError where there is none, or where experts are fused into one parameter."""
+    Raises ModelError where there is none, or a mixture of experts."""
     model = unwrapped(model)
     decoder = _decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -128,11 +128,11 @@ def _decoder(model: Any) -> nn.Module:
 def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
     found = [_ffn(block) for block in blocks]
     for i, block in enumerate(blocks):
-        fused = [n for n, p in block.named_parameters() if p.ndim == 3 and "experts" in n]
-        if fused:
+        experts = [n for n, _ in block.named_parameters() if "experts" in n.split(".")]
+        if experts:
             raise ModelError(
-                f"{name}.{i} keeps its experts in one fused parameter ({fused[0]}): there is no projection whose input "
-                "could be scored. Mixture-of-experts models are not supported; use a dense model"
+                f"{name}.{i} is a mixture of experts ({experts[0]}), whose neurons only some tokens reach; fused ones "
+                "have no projection to score them at. Not supported; use a dense model"
             )
     if any(ffn is None for ffn in found):
         return None

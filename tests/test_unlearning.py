@@ -111,7 +111,7 @@ def test_non_finite_activations_name_the_layer_and_the_samples():
 
 
 def test_models_without_usable_ffns():
-    with pytest.raises(ModelError, match="fused parameter"):
+    with pytest.raises(ModelError, match="mixture of experts"):
         find_sites(tiny_moe())
     with pytest.raises(ModelError, match="get_decoder"):
         find_sites(torch.nn.Linear(2, 2))

@@ -1,0 +1,202 @@
+"""The quadrature's nodes on their way through the layers: what each sees of a block, and how it gets past it.
+
+Knows gradients and their sums over nodes, not what they score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mipfast import ops
+from mipfast.capture import Capture
+from mipfast.replay import Replay, plan
+
+Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
+Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
+
+
+def make_chunks(
+    captured: Capture, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool, value_of: Objective
+) -> tuple[list[Chunk], Chunk | None]:
+    """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs, if it is
+    to be measured).
+
+    Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
+    route, clean = plan(captured)
+    kind = Added if clean else Overwritten
+    chunks: list[Chunk] = []
+    scaled = torch.ones_like(nodes, dtype=torch.bool)
+    if clean and bool((unit := nodes == 1).any()):
+        scaled = ~unit
+        gradients, taps = Replay(route, 1).clean_gradients(value_of)
+        chunks.append(Clean(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps))
+    for alphas, w in zip(nodes[scaled].split(steps), weights[scaled].split(steps), strict=True):
+        if len(alphas):
+            chunks.append(kind(Replay(route, len(alphas)), alphas, w, measure))
+    zero = torch.zeros(1)
+    return chunks, kind(Replay(route, 1), zero, zero, carry=False) if measure else None
+
+
+class Chunk:
+    """Some nodes of the quadrature on their way through the layers; with carry also d state / d alpha."""
+
+    def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
+        self.replay, self.alphas, self.weights, self.carry = replay, alphas, weights, carry
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""
+        raise NotImplementedError
+
+    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
+        """F [n] of one copy with the next block's neurons scaled; nothing is differentiated."""
+        raise NotImplementedError
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        """Past the next block: clean activations, the path's [R,k] entries times alpha."""
+        raise NotImplementedError
+
+    def _moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """States that depend on alpha through the path, as leaves, and their tangents."""
+        pairs = zip(self.replay.states, self.replay.tangents, strict=True)
+        return [(state.requires_grad_(), tangent) for state, tangent in pairs if tangent is not None]
+
+    def _along(
+        self, gradients: Sequence[torch.Tensor | None], tangents: Sequence[torch.Tensor], like: torch.Tensor
+    ) -> torch.Tensor:
+        total = like.new_zeros(self.replay.copies, self.replay.capture.num_samples)
+        for gradient, tangent in zip(gradients, tangents, strict=True):
+            if gradient is not None:
+                total += self.replay.per_sample(gradient.to(like) * tangent.to(like))
+        return total
+
+
+class Overwritten(Chunk):
+    """The native way: the block runs with its FFN's inner activations overwritten, and is differentiated."""
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        leaf = ops.riemann_interpolate(act, self.alphas.to(act.device)).requires_grad_()
+        moving = self._moving()
+        with torch.enable_grad():
+            value = value_of(self.replay.run(leaf))
+            grad, *state_grads = _gradients(value, [leaf, *(state for state, _ in moving)])
+        along = self._along(state_grads, [tangent for _, tangent in moving], value)
+        if grad is None:
+            return None, along
+        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups), along
+
+    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
+        with torch.no_grad():
+            return value_of(self.replay.run(ops.riemann_interpolate(act, self.alphas.to(act.device))))
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        if path is None:
+            self.replay.advance(act.expand(self.replay.copies, *act.shape), None)
+            return
+        values = ops.riemann_interpolate(act, self.alphas.to(act.device), neurons=path)
+        tangent = _on_path(act, path).repeat(len(values), 1, 1) if self.carry else None
+        self.replay.advance(values, tangent)
+
+
+class Added(Chunk):
+    """Where blocks add their FFN's output: the block runs once, silent, and alpha W a is added to its output."""
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        state = self._scaled(act).requires_grad_()
+        earlier = self._moving()
+        with torch.enable_grad():
+            self.replay.push(state, None)
+            value = value_of(self.replay.run())
+            self.replay.drop()
+            grad, *state_grads = _gradients(value, [state, *(s for s, _ in earlier)])
+        tangents = [tangent for _, tangent in earlier]
+        if self._moved is not None:
+            state_grads, tangents = [grad, *state_grads], [self._moved, *tangents]
+        along = self._along(state_grads, tangents, value)
+        if grad is None:
+            return None, along
+        return self._project(self.replay.at_rows(grad), act, groups), along
+
+    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
+        with torch.no_grad():
+            self.replay.push(self._scaled(act), None)
+            value = value_of(self.replay.run())
+        self.replay.drop()
+        return value
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        weight = self._weight()
+        if path is None:
+            self.replay.push(
+                self.replay.add_rows(self._silent, (act @ weight.T).expand(self.replay.copies, -1, -1)), None
+            )
+            return
+        state = self.replay.add_rows(
+            self._silent, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
+        )
+        self.replay.push(state, self._tangent(act, path))
+
+    def _scaled(self, act: torch.Tensor) -> torch.Tensor:
+        """The next block's output with its neurons at alpha times their clean value."""
+        self._silent, self._moved = self.replay.silent(carry=self._carries())
+        return self.replay.add_rows(self._silent, ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
+
+    def _carries(self) -> bool:
+        return any(tangent is not None for tangent in self.replay.tangents)
+
+    def _tangent(self, act: torch.Tensor, path: torch.Tensor) -> torch.Tensor | None:
+        """d output / d alpha: what the earlier path moves, and this block's path neurons."""
+        if not self.carry:
+            return None
+        own = (_on_path(act, path) @ self._weight().T).expand(self.replay.copies, -1, -1)
+        return self.replay.add_rows(torch.zeros_like(self._silent) if self._moved is None else self._moved, own)
+
+    def _project(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
+        return ops.project_accumulate(grad, self._weight(), self.weights.to(act.device), act=act, groups=groups)
+
+    def _weight(self) -> torch.Tensor:
+        return self.replay.capture.stack.outputs[len(self.replay.states)].weight
+
+
+class Clean(Added):
+    """The node alpha = 1: states and gradients of every block come from one pass; only tangents are carried."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        alphas: torch.Tensor,
+        weights: torch.Tensor,
+        carry: bool,
+        states: list[torch.Tensor],
+        gradients: list[torch.Tensor | None],
+        taps: list[torch.Tensor | None],
+    ):
+        super().__init__(replay, alphas, weights, carry)
+        self._states, self._gradients, self._taps = states, gradients, taps
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        layer = len(self.replay.states)
+        self._silent, self._moved = self._states[layer], None
+        if self._carries():
+            self._moved = self.replay.silent(carry=True)[1]
+        grad = self._gradients[layer]
+        pairs = zip([*self._taps[:layer], grad], [*self.replay.tangents, self._moved], strict=True)
+        moved = [(g, tangent) for g, tangent in pairs if tangent is not None]
+        along = self._along([g for g, _ in moved], [tangent for _, tangent in moved], act)
+        return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        self.replay.push(self._silent, None if path is None else self._tangent(act, path))
+
+
+def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """d value.sum() / d input; None for an input that value does not depend on."""
+    if not value.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(value.sum(), inputs, allow_unused=True))
+
+
+def _on_path(act: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """The activations [R,F] of the path's neurons, zero elsewhere: d (scaled activations) / d alpha."""
+    return act - ops.riemann_interpolate(act, act.new_zeros(1), neurons=path)[0]
