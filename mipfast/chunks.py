@@ -65,6 +65,7 @@ class Chunk:
     def _along(
         self, gradients: Sequence[torch.Tensor | None], tangents: Sequence[torch.Tensor], like: torch.Tensor
     ) -> torch.Tensor:
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
         total = like.new_zeros(self.replay.copies, self.replay.capture.num_samples)
         for gradient, tangent in zip(gradients, tangents, strict=True):
             if gradient is not None:

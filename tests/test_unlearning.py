@@ -211,3 +211,15 @@ def test_a_batch_of_which_not_one_step_fits_says_so(monkeypatch):
     monkeypatch.setattr(attribution, "_search", never)
     with pytest.raises(InputError, match="2 samples.*smaller batches"):
         locate(model, text_batch(model, [9, 8], [1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_half_precision_models_are_scored_in_float32(dtype, modality):
+    model, half = tiny_qwen_vl(), tiny_qwen_vl().to(dtype)
+    batch = image_batch(model, 2)
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+    want, found = locate(model, batch, modality=modality), locate(half, cast, modality=modality)
+    off = (found.scores - want.scores).abs().amax(-1) / want.scores.abs().amax(-1)
+    assert found.scores.dtype == torch.float32 and off.max() < 16 * torch.finfo(dtype).eps
+    assert torch.tensor(found.report["residuals"]).isfinite().all()
