@@ -72,6 +72,7 @@ def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision
 
 def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool, record: bool) -> Capture:
     labels = find_labels(batch)
+    _check_pictures(model.config, batch)
     decoder = unwrapped(model).get_decoder()
     entry = base_model(model) if vision else decoder
     seen: dict[str, Any] = {}
@@ -188,6 +189,21 @@ def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
 
     with removing(base_model(model).register_forward_hook(gather)):
         yield
+
+
+def _check_pictures(config: Any, batch: Batch) -> None:
+    """Qwen-VL's three ways of counting pictures must agree; transformers says less clearly which does not."""
+    pixels, grid, ids = (batch.get(name) for name in ("pixel_values", "image_grid_thw", "input_ids"))
+    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    image_token = _image_token(config)
+    if pixels is None or grid is None or ids is None or merge is None or image_token is None:
+        return
+    patches, placeholders = int(grid.prod(1).sum()), int((ids == image_token).sum())
+    if len(pixels) != patches or placeholders * merge**2 != patches:
+        raise InputError(
+            f"image_grid_thw says {patches} patches, {patches // merge**2} placeholders after merging {merge}x{merge}; "
+            f"found {len(pixels)} rows of pixel_values and {placeholders} image placeholders in input_ids"
+        )
 
 
 def _first_image(model: Any, batch: Batch) -> int:

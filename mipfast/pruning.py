@@ -104,6 +104,8 @@ def active_prunes(model: nn.Module) -> list[Pruned]:
 def check_neurons(model: nn.Module, neurons: Neurons) -> Sites:
     """The model's sites. Raises ArtefactError where the neurons cannot be this model's; warns where its weights
     changed."""
+    if not isinstance(neurons, Mapping):
+        raise InputError(f"the path is a {type(neurons).__name__}; expected a NeuronPath (model, path, forget, retain)")
     sites = find_sites(model)
     fingerprint = getattr(neurons, "fingerprint", None)
     if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint) and not active_prunes(model):

@@ -81,7 +81,8 @@ def locate_path(
         reports["vision"] = seen.report
     if path is None:
         raise InputError(
-            f"{len(forget)} forget batches, none of which any tower can be scored on; expected at least one"
+            f"none of {len(forget)} forget batches can be scored: those with pixel_values need a vision tower and "
+            "config.vision, the others feed the text tower; expected at least one"
         )
     sites = find_sites(model)
     return path.up_to(sites.text.name, steering_layer(config.rmisu, sites)), reports

@@ -14,6 +14,7 @@ from mipfast import (
     evaluate,
     find_sites,
     locate,
+    misdirect,
     unlearn,
 )
 from mipfast.errors import DivergedError
@@ -223,3 +224,22 @@ def test_half_precision_models_are_scored_in_float32(dtype, modality):
     off = (found.scores - want.scores).abs().amax(-1) / want.scores.abs().amax(-1)
     assert found.scores.dtype == torch.float32 and off.max() < 16 * torch.finfo(dtype).eps
     assert torch.tensor(found.report["residuals"]).isfinite().all()
+
+
+def test_pictures_that_do_not_match_their_placeholders_are_counted():
+    model = tiny_qwen_vl()
+    batch = image_batch(model, 2)
+    for broken in (
+        batch | {"pixel_values": batch["pixel_values"][:-1]},
+        batch | {"image_grid_thw": batch["image_grid_thw"][:1]},
+        batch | {"input_ids": batch["input_ids"].clamp_min(6)},
+    ):
+        with pytest.raises(InputError, match="rows of pixel_values and"):
+            locate(model, broken)
+
+
+def test_a_path_in_the_wrong_place_is_named():
+    model = tiny_llama()
+    batches = [text_batch(model, [9], [1])]
+    with pytest.raises(InputError, match="expected a NeuronPath"):
+        misdirect(model, batches, batches, {})
