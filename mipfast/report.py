@@ -61,8 +61,7 @@ def accuracy_table(results: dict[str, Any]) -> Table:
         table.add_row(Text(stage, style="bold"))
         for row in rows:
             # Text, not str: a bracket in a name is no markup
-            # without blanks around ±, eight columns fit 80 characters
-            table.add_row(*(Text(cell.replace(" ± ", "±")) for cell in _cells(row, len(results["seeds"]))))
+            table.add_row(*(Text(cell) for cell in _cells(row, len(results["seeds"]))))
     return table
 
 
