@@ -77,15 +77,19 @@ class Overwritten(Chunk):
     """The native way: the block runs with its FFN's inner activations overwritten, and is differentiated."""
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        grad, along = self.gradients(act, value_of)
+        if grad is None:
+            return None, along
+        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups), along
+
+    def gradients(self, act: torch.Tensor, value_of: Objective) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(dF/da of the next block [m,R,F] or None, dF along the carried tangents [m,n])."""
         leaf = ops.riemann_interpolate(act, self.alphas.to(act.device)).requires_grad_()
         moving = self._moving()
         with torch.enable_grad():
             value = value_of(self.replay.run(leaf))
             grad, *state_grads = _gradients(value, [leaf, *(state for state, _ in moving)])
-        along = self._along(state_grads, [tangent for _, tangent in moving], value)
-        if grad is None:
-            return None, along
-        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups), along
+        return grad, self._along(state_grads, [tangent for _, tangent in moving], value)
 
     def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
         with torch.no_grad():

@@ -10,16 +10,14 @@ path's neurons are scaled by alpha in both. Released vision code: see `released_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from mipfast import ops
 from mipfast.capture import Capture
+from mipfast.chunks import Objective, Overwritten
 from mipfast.errors import DivergedError, InputError
 from mipfast.replay import Replay
 
-Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] at the label positions -> F [m·n]
 Scored = tuple[torch.Tensor, torch.Tensor, set[int]]  # scores [n,L,F], path [n,L,k], layers without gradient
 
 
@@ -40,18 +38,21 @@ def joint_search(
 
     Raises InputError where a sample has more than one position, DivergedError for non-finite scores."""
     _one_position(captured)
-    replays = [Replay(captured, len(alphas)) for alphas in nodes]
+    chunks = [
+        Overwritten(Replay(captured, len(alphas)), alphas, w, carry=greedy)
+        for alphas, w in zip(nodes, weights, strict=True)
+    ]
     acts = [_wide(act) for act in captured.activations]
     entered = torch.zeros_like(acts[0][:, 0])
     scores, paths, dead = [], [], set()
     for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
         gradient, carried, found = torch.zeros_like(wide), torch.zeros_like(entered), False
-        for replay, alphas, w in zip(replays, nodes, weights, strict=True):
-            own, along_path = _gradients(replay, act, alphas, objective)
-            carried += w.to(carried) @ along_path
+        for chunk in chunks:
+            own, along_path = chunk.gradients(act, objective)
+            carried += chunk.weights.to(carried) @ along_path
             if own is not None:
                 found = True
-                gradient += ops.riemann_accumulate(own, w.to(act.device))[0]
+                gradient += ops.riemann_accumulate(own, chunk.weights.to(act.device))[0]
         score = (gradient + carried[:, None]) * (wide + entered[:, None])
         if released:
             score = score / sum(map(len, nodes))
@@ -68,15 +69,15 @@ def joint_search(
         if layer + 1 == len(acts):
             break
         if not greedy:
-            for replay in replays:
-                replay.advance(act.expand(replay.copies, *act.shape), None)
+            for chunk in chunks:
+                chunk.advance(act, None)
             continue
         ones = torch.ones_like(act)
         entering = ones - ops.riemann_interpolate(ones, act.new_zeros(1), neurons=path[:, -1:] if released else path)[0]
         entered += (entering * wide).sum(1)
-        for replay, alphas in zip(replays, nodes, strict=True):
-            values = ops.riemann_interpolate(act, alphas.to(act), neurons=path)
-            replay.advance(values, entering.expand_as(values))
+        for chunk in chunks:
+            values = ops.riemann_interpolate(act, chunk.alphas.to(act.device), neurons=path)
+            chunk.replay.advance(values, entering.expand_as(values))
     return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), dead
 
 
@@ -97,22 +98,6 @@ def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
         paths.append(_best(scores[-1], top_k))
         entered = entered + act.gather(1, paths[-1][:, -1:])[:, 0]
     return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), set()
-
-
-def _gradients(
-    replay: Replay, act: torch.Tensor, alphas: torch.Tensor, objective: Objective
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(dF/da [m,n,F] or None, dF along the carried direction [m,n])."""
-    leaf = ops.riemann_interpolate(act, alphas.to(act)).requires_grad_()
-    moving = [(s.requires_grad_(), t) for s, t in zip(replay.states, replay.tangents, strict=True) if t is not None]
-    with torch.enable_grad():
-        value = objective(replay.run(leaf))
-        own, *state_grads = torch.autograd.grad(value.sum(), [leaf, *(s for s, _ in moving)], allow_unused=True)
-    along_path = torch.zeros(replay.copies, replay.capture.num_samples, dtype=value.dtype, device=value.device)
-    for grad, (_, tangent) in zip(state_grads, moving, strict=True):
-        if grad is not None:
-            along_path += replay.per_sample(grad.to(value) * tangent.to(value))
-    return own, along_path
 
 
 def _one_position(captured: Capture) -> None:
