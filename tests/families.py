@@ -114,7 +114,7 @@ def _gpt2():
 
 
 def _lora(model, *targets, **settings):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (it is in the extra dev)")
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets), **settings))
 
 

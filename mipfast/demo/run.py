@@ -50,8 +50,7 @@ class Setting:
     alpha: float
 
 
-# Chosen among eight settings per row on forget sets 100-102 by bench/tune_demo.py; results/demo_tuning.json has them
-# all.
+# Chosen among eight per row on forget sets 100-102 by bench/tune_demo.py; all in bench/results/demo_tuning.json.
 SETTINGS = {
     "MIP": Setting(0.1, 1e-2, 0.25),
     "random": Setting(0.1, 1e-2, 0.25),
