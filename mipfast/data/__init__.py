@@ -1,0 +1,1 @@
+"""Benchmark data: records, their loaders, and batches made of them."""
