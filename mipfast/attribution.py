@@ -179,7 +179,7 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     with held(model):
         parts = [
-            _with_memory(model, stack, one, config, nodes, weights, first=i == 0)
+            _with_memory(model, sites, stack, one, config, nodes, weights, first=i == 0)
             for i, one in enumerate(tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress))
         ]
     if not parts:
@@ -242,6 +242,7 @@ Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tens
 
 def _with_memory(
     model: nn.Module,
+    sites: Sites,
     stack: Stack,
     batch: Batch,
     config: LocateConfig,
@@ -252,7 +253,7 @@ def _with_memory(
     """One batch, with as many steps per replay as memory holds."""
     measure = config.residuals == "all" or (config.residuals == "first" and first)
     assert config.positions is not None
-    captured = capture(model, stack, batch, config.positions, vision=config.modality == "vision")
+    captured = capture(model, sites, stack, batch, config.positions)
     steps = len(nodes)
     if config.memory_budget != "auto":
         steps = max(1, min(steps, config.memory_budget // _bytes_per_copy(captured)))
@@ -306,9 +307,10 @@ def _search(
             joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
         return joint[0], joint[1], [None] * n, captured.labels.mask.sum(1).cpu(), joint[2]
 
-    chunks, zero = make_chunks(captured, nodes, weights, steps, measure, value_of)
+    pathless = config.search != "greedy"
+    chunks, silent = make_chunks(captured, nodes, weights, steps, pathless, measure, value_of)
     full = value_of(captured.logits)
-    scores, paths, residuals, dead = [], [], [], set()
+    scores, paths, totals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
         s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
@@ -319,10 +321,7 @@ def _search(
                 found = True
                 for total, new in zip((s1, s2), part, strict=True):
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
-        if zero:
-            change = full - zero.value(act, value_of)
-            residual = (s1.sum(1) + carried - change).abs()
-            residuals.append(torch.where(change.abs() < 1e-3, residual, residual / change.abs()))
+        totals.append(s1.sum(1) + carried)
         score = s1 if config.score == "igi" else s2
         if not bool(score.isfinite().all()):
             raise DivergedError(
@@ -334,10 +333,16 @@ def _search(
             path = torch.full_like(path, -1)
         scores.append(score.float())
         paths.append(path)
+        scaled = None if pathless else path[captured.rows.sample]
+        if silent:
+            silent.advance(act, scaled)
         if layer + 1 < captured.stack.num_layers:
-            scaled = path[captured.rows.sample] if config.search == "greedy" else None
-            for chunk in (*chunks, *([zero] if zero else [])):
+            for chunk in chunks:
                 chunk.advance(act, scaled)
-    measured = torch.stack(residuals, 1).tolist() if zero else [None] * n
+    residuals: list[Any] = [None] * n
+    if silent:
+        change = full - silent.values(steps, value_of)
+        off = (torch.stack(totals) - change).abs()
+        residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
     counted = captured.labels.mask.sum(1).cpu()
-    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), measured, counted, dead
+    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted, dead

@@ -16,7 +16,7 @@ from torch import nn
 from mipfast.errors import DivergedError, InputError
 from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows, without_labels
 from mipfast.prefix import Prefix, Recording, UnsupportedAttention, recording
-from mipfast.sites import Stack, unwrapped
+from mipfast.sites import Sites, Stack, unwrapped
 
 log = logging.getLogger("mipfast")
 
@@ -24,19 +24,20 @@ log = logging.getLogger("mipfast")
 @dataclass(frozen=True, eq=False)
 class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
-    base model for a vision stack. start, stop: the decoder's tokens that an intervention can change and a label can
-    see. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their
-    sample. activations[l]: clean down-projection inputs [R,F] at rows; outputs[l]: clean block outputs [R,H] there.
-    base_output: what the head's wrapper got from the base model. tail: what blocks return
-    besides their state in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the
-    label positions. recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has
-    cut down to start..stop."""
+    base model for a vision stack. last_ffn: the decoder's, behind which only label positions matter. start, stop: the
+    decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened token
+    dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows;
+    outputs[l]: clean block outputs [R,H] there. base_output: what the head's wrapper got from the base model. tail:
+    what blocks return besides their state in transformers 4, None where they return no tuple. logits [n,q,V]: the clean
+    run's, at the label positions. recording: of the decoder's attention, where it can be; prefix: set in a capture that
+    `suffix` has cut down to start..stop."""
 
     model: nn.Module
     stack: Stack
     batch: Batch
     entry: nn.Module
     decoder: nn.Module
+    last_ffn: nn.Module
     start: int
     stop: int
     kwargs: dict[str, Any]
@@ -60,18 +61,18 @@ class Capture:
         return self.labels.num_samples
 
 
-def capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool) -> Capture:
+def capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions) -> Capture:
     """Run the model once without gradient, recording the decoder's attention where that is possible. Raises InputError
     for an unusable batch, DivergedError for non-finite activations."""
     try:
-        return _capture(model, stack, batch, positions, vision, record=True)
+        return _capture(model, sites, stack, batch, positions, record=True)
     except UnsupportedAttention as error:
         log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
-        return _capture(model, stack, batch, positions, vision, record=False)
+        return _capture(model, sites, stack, batch, positions, record=False)
 
 
-def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, vision: bool, record: bool) -> Capture:
-    labels = find_labels(batch)
+def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:
+    labels, vision = find_labels(batch), stack is not sites.text
     _check_pictures(model.config, batch)
     decoder = unwrapped(model).get_decoder()
     entry = base_model(model) if vision else decoder
@@ -138,6 +139,7 @@ def _capture(model: Any, stack: Stack, batch: Batch, positions: Positions, visio
         batch,
         entry,
         decoder,
+        sites.text.ffns[-1],
         start,
         max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
         seen["kwargs"],

@@ -6,26 +6,34 @@ Knows gradients and their sums over nodes, not what they score.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from mipfast import ops
 from mipfast.capture import Capture
-from mipfast.replay import Replay, plan
+from mipfast.replay import Replay, copied, plan
 
 Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
 Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
 
 
 def make_chunks(
-    captured: Capture, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool, value_of: Objective
-) -> tuple[list[Chunk], Chunk | None]:
+    captured: Capture,
+    nodes: torch.Tensor,
+    weights: torch.Tensor,
+    steps: int,
+    pathless: bool,
+    measure: bool,
+    value_of: Objective,
+) -> tuple[list[Chunk], Silent | None]:
     """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs, if it is
-    to be measured).
+    to be measured). pathless: no layer's neurons stay scaled when the next one is scored.
 
     Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
     route, clean = plan(captured)
-    kind = Added if clean else Overwritten
+    kind: Any = (partial(Pathless, clean) if pathless else Added) if clean else Overwritten
     chunks: list[Chunk] = []
     scaled = torch.ones_like(nodes, dtype=torch.bool)
     if clean and bool((unit := nodes == 1).any()):
@@ -36,7 +44,7 @@ def make_chunks(
         if len(alphas):
             chunks.append(kind(Replay(route, len(alphas)), alphas, w, measure))
     zero = torch.zeros(1)
-    return chunks, kind(Replay(route, 1), zero, zero, carry=False) if measure else None
+    return chunks, Silent(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
 
 
 class Chunk:
@@ -49,9 +57,9 @@ class Chunk:
         """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""
         raise NotImplementedError
 
-    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
-        """F [n] of one copy with the next block's neurons scaled; nothing is differentiated."""
-        raise NotImplementedError
+    def silent(self) -> torch.Tensor:
+        """The next block's output with its neurons silent."""
+        return self.replay.silent(carry=False)[0]
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         """Past the next block: clean activations, the path's [R,k] entries times alpha."""
@@ -91,10 +99,6 @@ class Overwritten(Chunk):
             grad, *state_grads = _gradients(value, [leaf, *(state for state, _ in moving)])
         return grad, self._along(state_grads, [tangent for _, tangent in moving], value)
 
-    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
-        with torch.no_grad():
-            return value_of(self.replay.run(ops.riemann_interpolate(act, self.alphas.to(act.device))))
-
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         if path is None:
             self.replay.advance(act.expand(self.replay.copies, *act.shape), None)
@@ -123,20 +127,13 @@ class Added(Chunk):
             return None, along
         return self._project(self.replay.at_rows(grad), act, groups), along
 
-    def value(self, act: torch.Tensor, value_of: Objective) -> torch.Tensor:
-        with torch.no_grad():
-            self.replay.push(self._scaled(act), None)
-            value = value_of(self.replay.run())
-        self.replay.drop()
-        return value
+    def silent(self) -> torch.Tensor:
+        self._silent, self._moved = self.replay.silent(carry=self._carries())
+        return self._silent
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         weight = self._weight()
-        if path is None:
-            self.replay.push(
-                self.replay.add_rows(self._silent, (act @ weight.T).expand(self.replay.copies, -1, -1)), None
-            )
-            return
+        assert path is not None  # without one, a block is Pathless
         state = self.replay.add_rows(
             self._silent, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
         )
@@ -144,8 +141,7 @@ class Added(Chunk):
 
     def _scaled(self, act: torch.Tensor) -> torch.Tensor:
         """The next block's output with its neurons at alpha times their clean value."""
-        self._silent, self._moved = self.replay.silent(carry=self._carries())
-        return self.replay.add_rows(self._silent, ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
+        return self.replay.add_rows(self.silent(), ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
 
     def _carries(self) -> bool:
         return any(tangent is not None for tangent in self.replay.tangents)
@@ -162,6 +158,24 @@ class Added(Chunk):
 
     def _weight(self) -> torch.Tensor:
         return self.replay.capture.stack.outputs[len(self.replay.states)].weight
+
+
+class Pathless(Added):
+    """Where every layer is scored by itself: the states are the clean run's, and so is the silent block."""
+
+    def __init__(self, clean: Replay, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
+        super().__init__(replay, alphas, weights, carry)
+        self._clean = clean
+
+    def silent(self) -> torch.Tensor:
+        self._silent, self._moved = self._tiled(self._clean.silents), None
+        return self._silent
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        self.replay.push(self._tiled(self._clean.states), None)
+
+    def _tiled(self, of_layers: list[torch.Tensor]) -> torch.Tensor:
+        return copied(of_layers[len(self.replay.states)], self.replay.copies)
 
 
 class Clean(Added):
@@ -193,6 +207,30 @@ class Clean(Added):
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         self.replay.push(self._silent, None if path is None else self._tangent(act, path))
+
+
+class Silent:
+    """The node alpha = 0, where a layer's completeness begins: F with its neurons silent. No score waits for it, so
+    it is computed when the path is known, several layers in one pass."""
+
+    def __init__(self, chunk: Chunk):
+        self._chunk = chunk
+        self._starts: list[torch.Tensor] = []
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        """Past the next block, as `Chunk.advance` does."""
+        self._starts.append(self._chunk.silent())
+        self._chunk.advance(act, path)
+
+    def values(self, copies: int, value_of: Objective) -> torch.Tensor:
+        """F [L,n] with each layer gone over silent, up to copies of them in one pass."""
+        replay, found = self._chunk.replay, []
+        for first in range(0, len(self._starts), copies):
+            starts = self._starts[first : first + copies]
+            with torch.no_grad():
+                logits = Replay(replay.capture, len(starts)).staggered(replay.states[: first + len(starts)], starts)
+            found.append(value_of(logits).view(len(starts), -1))
+        return torch.cat(found)
 
 
 def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:

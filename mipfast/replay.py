@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from mipfast.capture import Capture, base_model, label_states, removing, with_states
 from mipfast.positions import Labels, Rows, without_labels
@@ -43,7 +45,8 @@ _seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # towers wh
 class Replay:
     """m copies of the captured batch, with the states of the blocks the path has advanced over.
 
-    tangents[l] is d state[l] / d alpha along the path, for the completeness residual; None where not carried."""
+    silents[l] is block l's output with its neurons silent, where `plan` went over it; tangents[l] is d state[l] / d
+    alpha along the path, for the completeness residual; None where not carried."""
 
     def __init__(self, capture: Capture, copies: int):
         self.capture, self.copies = capture, copies
@@ -51,16 +54,39 @@ class Replay:
         self._index = (offsets[:, None] + capture.rows.index).flatten()
         self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
         self.states: list[torch.Tensor] = []
+        self.silents: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
         self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
 
     def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [m·n,q,V] at the label positions, the blocks in states skipped, and the next block's neurons
         overwritten by values [m,R,F] where given."""
+        layer, stack = len(self.states), self.capture.stack
         with ExitStack() as patches:
             if values is not None:
-                patches.enter_context(self._overwritten(len(self.states), values))
+                patches.enter_context(self._overwritten(layer, values))
+            if values is None or stack.ffns[layer] is not self.capture.last_ffn:
+                patches.enter_context(self._last_ffn_at_labels())
             return self._entered()
+
+    def staggered(self, states: list[torch.Tensor], starts: list[torch.Tensor]) -> torch.Tensor:
+        """Logits [m·n,q,V] of copies that leave one run of the blocks, states of a single copy, at the m last of them:
+        the j-th of these blocks returned starts[j] to copy j, and all that follow are copy j's own."""
+        first = len(states) - len(starts)
+        self.states = [copied(state, self.copies) for state in states[:first]]
+        self.states.append(torch.cat([starts[0], *[states[first]] * (self.copies - 1)]))
+        with ExitStack() as patches:
+            for j, block in enumerate(self.capture.stack.blocks[first + 1 : len(states)], 1):
+
+                def leave(*args: Any, _native: Any = block.forward, _j: int = j, **kwargs: Any) -> Any:
+                    output = _native(*args, **kwargs)
+                    state = output[0] if isinstance(output, tuple) else output
+                    gone = state[: len(state) // self.copies * _j]
+                    waiting = [states[first + _j]] * (self.copies - 1 - _j)
+                    return self._output(torch.cat([gone, starts[_j], *waiting]))
+
+                patches.enter_context(_forward(block, leave))  # not a hook: transformers' own would come first
+            return self.run()
 
     def clean_gradients(
         self, objective: Callable[[torch.Tensor], torch.Tensor]
@@ -82,6 +108,7 @@ class Replay:
 
         first, *later = self.capture.stack.blocks
         with ExitStack() as hooks, torch.enable_grad():
+            hooks.enter_context(self._last_ffn_at_labels())
             hooks.enter_context(removing(first.register_forward_hook(keep)))
             for block in later:
                 hooks.enter_context(removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
@@ -173,6 +200,7 @@ class Replay:
                 patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
             if tangent is not None:
                 patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
+                patches.enter_context(_OneProduct())
                 values = forward_ad.make_dual(values, tangent)
                 if layer and self.tangents[-1] is not None:
                     hidden = forward_ad.make_dual(hidden, self.tangents[-1])
@@ -207,6 +235,27 @@ class Replay:
             args = (kwargs.pop("hidden_states"),)
         self._call = (len(self.states), args, kwargs, self.states[-1] if self.states else None)
 
+    @contextmanager
+    def _last_ffn_at_labels(self) -> Iterator[None]:
+        """What the decoder's last FFN does elsewhere, no label sees: zero is returned there."""
+        capture = self.capture
+        labels, ffn = capture.labels, capture.last_ffn
+        span = capture.stop - capture.start if capture.prefix else capture.batch["labels"].shape[1]
+        sample, i = labels.mask.nonzero(as_tuple=True)
+        tokens = labels.num_samples * span
+        offsets = torch.arange(self.copies, device=sample.device) * tokens
+        index = (offsets[:, None] + sample * span + labels.index[sample, i]).flatten()
+        native = ffn.forward
+
+        def at_labels(hidden: torch.Tensor) -> torch.Tensor:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            if len(rows) != tokens * self.copies:
+                return native(hidden)
+            return torch.zeros_like(rows).index_copy(0, index, native(rows[None, index])[0]).view_as(hidden)
+
+        with _forward(ffn, at_labels) if len(sample) < tokens else nullcontext():
+            yield
+
     def _output(self, state: torch.Tensor) -> Any:
         return state if self.capture.tail is None else (state, *self.capture.tail)
 
@@ -222,13 +271,26 @@ class Replay:
             yield
 
 
+class _OneProduct(TorchFunctionMode):
+    """A linear layer and its forward-mode derivative in one product, not two of half the rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.linear and not kwargs and len(args) > 1:
+            primal, tangent = forward_ad.unpack_dual(args[0])
+            if tangent is not None:
+                both = F.linear(torch.stack([primal, tangent]), args[1])
+                out = both[0] if len(args) < 3 or args[2] is None else both[0] + args[2]
+                return forward_ad.make_dual(out, both[1])
+        return func(*args, **(kwargs or {}))
+
+
 class _Reached(Exception):
     """Ends a forward pass at a block whose arguments were wanted."""
 
 
 def plan(capture: Capture) -> tuple[Capture, Replay | None]:
     """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
-    block's silent output plus its neurons' contribution as states), or (capture, None) for native replay.
+    block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
 
     The check costs one forward pass of one copy. It compares every block's output at the chosen rows with the clean
     run's: wrong wherever a block does more with its FFN's output than add it, or attention over the prefix is not what
@@ -254,6 +316,7 @@ def _adds(clean: Replay, layer: int) -> bool:
     state."""
     act, weight = clean.capture.activations[layer], clean.capture.stack.outputs[layer].weight
     state, _ = clean.silent(carry=False)
+    clean.silents.append(state)
     clean.push(clean.add_rows(state, (act @ weight.T)[None]), None)
     return _close(clean.at_rows(clean.states[-1])[0], clean.capture.outputs[layer])
 
@@ -320,6 +383,11 @@ def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = 
         some = next(v for k, v in kwargs.items() if k in TOKEN_DIM and isinstance(v, torch.Tensor))
         cut["position_ids"] = torch.arange(start, stop, device=some.device)[None]
     return cut
+
+
+def copied(state: torch.Tensor, copies: int) -> torch.Tensor:
+    """The states of one copy, repeated."""
+    return state.repeat(copies, *[1] * (state.ndim - 1))
 
 
 @contextmanager

@@ -19,12 +19,14 @@ FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One tower of blocks. name: dotted name of its ModuleList; inputs[l]: the projections that write block l's neurons
-    (gate and up, or fc1); outputs[l]: the one that reads them. transposed: weights are [in, out], as in GPT-2's Conv1D,
-    and not [out, in]. A projection may be PEFT's wrapper of one."""
+    """One tower of blocks. name: dotted name of its ModuleList; ffns[l]: the module around block l's projections;
+    inputs[l]: the projections that write its neurons (gate and up, or fc1); outputs[l]: the one that reads them.
+    transposed: weights are [in, out], as in GPT-2's Conv1D, and not [out, in]. A projection may be PEFT's wrapper of
+    one."""
 
     name: str
     blocks: tuple[nn.Module, ...]
+    ffns: tuple[nn.Module, ...]
     inputs: tuple[tuple[Any, ...], ...]
     outputs: tuple[Any, ...]
     num_neurons: int
@@ -136,15 +138,15 @@ def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
             )
     if any(ffn is None for ffn in found):
         return None
-    inputs, outputs = zip(*found, strict=True)
+    ffns, inputs, outputs = zip(*found, strict=True)
     widths = sorted({_sizes(output)[0] for output in outputs})
     if len(widths) > 1:
         raise ModelError(f"the FFNs of {name} have different widths {widths}; expected one width per stack")
-    return Stack(name, tuple(blocks), inputs, outputs, widths[0], _is_transposed(outputs[0]))
+    return Stack(name, tuple(blocks), ffns, inputs, outputs, widths[0], _is_transposed(outputs[0]))
 
 
-def _ffn(block: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
-    """(input projections, output projection) of a block that has exactly one FFN."""
+def _ffn(block: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module] | None:
+    """(the FFN, its input projections, its output projection) of a block that has exactly one."""
     outputs = []
     for name, module in _projections(block):
         *parents, own = name.split(".")
@@ -153,8 +155,9 @@ def _ffn(block: nn.Module) -> tuple[tuple[nn.Module, ...], nn.Module] | None:
     if len(outputs) != 1:
         return None
     parent, output = outputs[0]
-    siblings = [module for _, module in _projections(block.get_submodule(parent)) if module is not output]
-    return tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
+    ffn = block.get_submodule(parent)
+    siblings = [module for _, module in _projections(ffn) if module is not output]
+    return ffn, tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
 
 
 def _projections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -24,8 +24,7 @@ spec.loader.exec_module(released)
 
 def captured(model, batch, positions="first", modality="text"):
     sites = find_sites(model)
-    vision = modality == "vision"
-    return capture(model, sites.vision[0] if vision else sites.text, batch, positions, vision)
+    return capture(model, sites, sites.vision[0] if modality == "vision" else sites.text, batch, positions)
 
 
 def joint(model, batch, positions="first", modality="text", method="riemann_left", n_steps=4, top_k=5,
