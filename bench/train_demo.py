@@ -1,6 +1,6 @@
 """Train what the demo ships: the base, and one retrained reference for each of the forget sets 0-2.
 
-    python bench/train_demo.py [--out mipfast/demo/weights]      about 5 minutes a model on one core
+python bench/train_demo.py [--out mipfast/demo/weights]      about 5 minutes a model on one core
 """
 
 import argparse

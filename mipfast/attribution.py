@@ -10,20 +10,22 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from mipfast import memory
 from mipfast._version import __version__
 from mipfast.capture import Capture, capture
-from mipfast.chunks import make_chunks
+from mipfast.chunks import Chunk, Sums, each, make_chunks
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact
 from mipfast.modes import held
-from mipfast.positions import Batch, Labels, Positions
+from mipfast.positions import Batch, Labels, Positions, find_labels
 from mipfast.quadrature import quadrature
 from mipfast.released import joint_search, released_vision
 from mipfast.replay import plan
@@ -59,8 +61,10 @@ class LocateConfig:
     layers at once (docs/search.md says how far off). combine: sum (integrated gradient), product (NeuronPath's joint
     score), released (see LocateConfig.released). objective: logprob, prob, log_odds (larger supports the answer) or
     loss. stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may
-    keep, or "auto": all steps at once, halved on out-of-memory. residuals: for which batches of a call the completeness
-    residual is measured, which costs a forward pass per layer: the first, all or none. progress: a bar over batches.
+    keep, or "auto": most of what is free. Fewer steps, then fewer samples go into one replay, and where it still runs
+    out of memory the search goes on with half; the scores are the same. residuals: for which batches of a call the
+    completeness residual is measured, which costs a forward pass per layer: the first, all or none. progress: a bar
+    over batches.
     """
 
     modality: Literal["text", "vision"] = "text"
@@ -250,40 +254,28 @@ def _with_memory(
     weights: torch.Tensor,
     first: bool,
 ) -> Located:
-    """One batch, with as many steps per replay as memory holds."""
+    """One batch, with as many steps per replay as memory holds; in halves where it does not hold one."""
     measure = config.residuals == "all" or (config.residuals == "first" and first)
     assert config.positions is not None
-    captured = capture(model, sites, stack, batch, config.positions)
-    steps = len(nodes)
-    if config.memory_budget != "auto":
-        steps = max(1, min(steps, config.memory_budget // _bytes_per_copy(captured)))
-    while True:
-        try:
-            return _search(captured, config, nodes, weights, steps, measure)
-        except torch.OutOfMemoryError as error:
-            if steps == 1:
-                raise InputError(
-                    f"one step of a batch of {captured.num_samples} samples and {captured.tokens} tokens does not fit "
-                    "into memory; give smaller batches"
-                ) from error
-            steps = (steps + 1) // 2
-            log.warning("out of memory: going on with %d of %d steps per replay", steps, len(nodes))
-
-
-def _bytes_per_copy(captured: Capture) -> int:
-    """What autograd keeps of one copy: about 8 hidden-wide and 4 FFN-wide tensors per token and block, of the stack
-    and, behind a vision tower, of the language model."""
-
-    def kept(blocks: int, tokens: int, hidden: int, neurons: int) -> int:
-        return blocks * tokens * (8 * hidden + 4 * neurons) * captured.outputs[0].element_size()
-
-    stack, language = captured.stack, cast(Any, captured.decoder.config)
-    suffix = captured.num_samples * (captured.stop - captured.start)
-    if captured.entry is captured.decoder:
-        return kept(stack.num_layers, suffix, captured.outputs[0].shape[-1], stack.num_neurons)
-    own = kept(stack.num_layers, captured.tokens, captured.outputs[0].shape[-1], stack.num_neurons)
-    neurons = getattr(language, "intermediate_size", 4 * language.hidden_size)
-    return own + kept(language.num_hidden_layers, suffix, language.hidden_size, neurons)
+    n = len(find_labels(batch).mask)
+    try:
+        captured = capture(model, sites, stack, batch, config.positions)
+        steps = min(len(nodes), memory.copies_that_fit(captured, config.memory_budget))
+        if steps or n == 1:
+            return _search(captured, config, nodes, weights, max(steps, 1), measure)
+    except torch.OutOfMemoryError as error:
+        if n == 1:
+            raise InputError(
+                f"one step of one sample of {batch['labels'].shape[1]} tokens does not fit into memory; shorten it, or "
+                "choose a smaller dtype"
+            ) from error
+    log.warning("%d samples do not fit into memory at once: going on with halves of them", n)
+    parts = [
+        _with_memory(model, sites, stack, half, config, nodes, weights, first)
+        for half in memory.halves(batch, model.config)
+    ]
+    scores, paths, residuals, counts, dead = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(paths), sum(residuals, []), torch.cat(counts), set().union(*dead)
 
 
 def _search(
@@ -310,12 +302,16 @@ def _search(
     pathless = config.search != "greedy"
     chunks, silent = make_chunks(captured, nodes, weights, steps, pathless, measure, value_of)
     full = value_of(captured.logits)
+
+    def scored(chunk: Chunk, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
+        with memory.measured(captured, chunk.replay.copies):
+            return chunk.score(act, groups, value_of)
+
     scores, paths, totals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
         s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
-        for chunk in chunks:
-            part, along_path = chunk.score(act, groups, value_of)
+        for chunk, (part, along_path) in each(chunks, partial(scored, act=act)):
             carried += chunk.weights.to(carried) @ along_path
             if part is not None:
                 found = True

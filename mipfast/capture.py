@@ -197,10 +197,10 @@ def _check_pictures(config: Any, batch: Batch) -> None:
     """Qwen-VL's three ways of counting pictures must agree; transformers says less clearly which does not."""
     pixels, grid, ids = (batch.get(name) for name in ("pixel_values", "image_grid_thw", "input_ids"))
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
-    image_token = _image_token(config)
-    if pixels is None or grid is None or ids is None or merge is None or image_token is None:
+    token = image_token(config)
+    if pixels is None or grid is None or ids is None or merge is None or token is None:
         return
-    patches, placeholders = int(grid.prod(1).sum()), int((ids == image_token).sum())
+    patches, placeholders = int(grid.prod(1).sum()), int((ids == token).sum())
     if len(pixels) != patches or placeholders * merge**2 != patches:
         raise InputError(
             f"image_grid_thw says {patches} patches, {patches // merge**2} placeholders after merging {merge}x{merge}; "
@@ -210,10 +210,10 @@ def _check_pictures(config: Any, batch: Batch) -> None:
 
 def _first_image(model: Any, batch: Batch) -> int:
     """The first position at which any sample has a picture; 0 where the batch does not say."""
-    image_token, ids = _image_token(model.config), batch.get("input_ids")
-    if ids is None or image_token is None:
+    token, ids = image_token(model.config), batch.get("input_ids")
+    if ids is None or token is None:
         return 0
-    return int((ids == image_token).int().argmax(1).min())
+    return int((ids == token).int().argmax(1).min())
 
 
 def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bool) -> torch.Tensor:
@@ -230,14 +230,15 @@ def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bo
     return counts
 
 
-def _image_token(config: Any) -> int | None:
+def image_token(config: Any) -> int | None:
+    """Id of the placeholder that stands for a picture's tokens."""
     return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
 
 def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
     """Numbers in proportion to each sample's tokens in the vision tower."""
     ids = batch.get("input_ids")
-    image_token = _image_token(config)
+    token = image_token(config)
     if "image_sizes" in batch and hasattr(config, "image_grid_pinpoints"):
         # LLaVA-NeXT and -OneVision: placeholders leave out what pads a crop, the tower does not
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -245,7 +246,7 @@ def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
         side, sizes = config.vision_config.image_size, batch["image_sizes"].tolist()
         crops = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
         return torch.tensor(crops, device=batch["labels"].device)
-    if ids is None or image_token is None or "aspect_ratio_ids" in batch:
+    if ids is None or token is None or "aspect_ratio_ids" in batch:
         # Mllama pads every sample to the same pictures and tiles
         return torch.ones(len(batch["labels"]), dtype=torch.int64, device=batch["labels"].device)
-    return (ids == image_token).sum(1)
+    return (ids == token).sum(1)

@@ -5,9 +5,11 @@ Knows gradients and their sums over nodes, not what they score.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +17,8 @@ from mipfast import ops
 from mipfast.capture import Capture
 from mipfast.replay import Replay, copied, plan
 
+log = logging.getLogger("mipfast")
+Found = TypeVar("Found")
 Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
 Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
 
@@ -47,11 +51,40 @@ def make_chunks(
     return chunks, Silent(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
 
 
+def each(chunks: list[Chunk], work: Callable[[Any], Found]) -> Iterator[tuple[Any, Found]]:
+    """work(chunk) of every chunk. One that runs out of memory is replaced in the list by its halves, where it stands.
+    Raises torch.OutOfMemoryError where a single copy does."""
+    i = 0
+    while i < len(chunks):
+        chunk = chunks[i]
+        try:
+            found = work(chunk)
+        except torch.OutOfMemoryError:
+            if chunk.replay.copies == 1:
+                raise
+        else:
+            yield chunk, found
+            i += 1
+            continue
+        chunks[i : i + 1] = chunk.halves()  # out here: the error's traceback holds what did not fit
+        log.warning("out of memory: going on with %d of %d copies", chunks[i].replay.copies, chunk.replay.copies)
+
+
 class Chunk:
     """Some nodes of the quadrature on their way through the layers; with carry also d state / d alpha."""
 
     def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
         self.replay, self.alphas, self.weights, self.carry = replay, alphas, weights, carry
+
+    def halves(self) -> list[Chunk]:
+        """The same nodes in two chunks."""
+        middle, parts = len(self.alphas) // 2, []
+        for start, stop in ((0, middle), (middle, len(self.alphas))):
+            part = copy(self)
+            part.replay = self.replay.part(start, stop)
+            part.alphas, part.weights = self.alphas[start:stop], self.weights[start:stop]
+            parts.append(part)
+        return parts
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
         """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""

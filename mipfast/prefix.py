@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 NAME = "mipfast_prefix"  # in transformers' registry of attention functions
+TORCH_FROM = 128  # suffix tokens; on a CPU torch's attention is 0.8x as fast as ours at 64, 1.4x at 256
 NATIVE = ("sdpa", "eager")  # what a decoder may use otherwise; both read an explicit mask
 
 
@@ -129,11 +131,23 @@ def _attend(
     n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]
     m, group = rows // n, heads // shared
     scaling = scaling if scaling is not None else width**-0.5
-    mask = mask.repeat(m if len(mask) > 1 else 1, 1, 1, 1)[:, :, None]  # [rows or 1,1,1,S',S]
+    mask = mask.repeat(m if len(mask) > 1 else 1, 1, 1, 1)  # [rows or 1,1,S',S]
+    before = clean_key.shape[2] if clean_key is not None else 0
+    if softcap is None and before <= length and length >= TORCH_FROM:
+        # a prefix no longer than the suffix may be copied: torch's fused attention keeps no [S',S] weights
+        if mask.dtype == torch.bool:  # added rather than bool: a padding's row, all masked, would give NaN
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        mask = mask.to(query.dtype)
+        if clean_key is not None and clean_value is not None:
+            key = torch.cat([clean_key.repeat(m, 1, 1, 1), key], 2)
+            value = torch.cat([clean_value.repeat(m, 1, 1, 1), value], 2)
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=group > 1)
+        return out.transpose(1, 2).contiguous()
+    mask = mask[:, :, None]
     q = query.reshape(rows, shared, group, length, width)
     scores = q.flatten(2, 3) @ key.transpose(-1, -2)
     scores = scores.view(rows, shared, group, length, -1)
-    if clean_key is not None and clean_key.shape[2]:
+    if clean_key is not None and before:
         over_prefix = _regroup(q, m, n) @ clean_key.transpose(-1, -2)
         scores = torch.cat([_ungroup(over_prefix, m, n, group, length), scores], -1)
     scores = scores * scaling

@@ -10,11 +10,13 @@ path's neurons are scaled by alpha in both. Released vision code: see `released_
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mipfast import ops
 from mipfast.capture import Capture
-from mipfast.chunks import Objective, Overwritten
+from mipfast.chunks import Chunk, Objective, Overwritten, each
 from mipfast.errors import DivergedError, InputError
 from mipfast.replay import Replay
 
@@ -38,7 +40,7 @@ def joint_search(
 
     Raises InputError where a sample has more than one position, DivergedError for non-finite scores."""
     _one_position(captured)
-    chunks = [
+    chunks: list[Chunk] = [
         Overwritten(Replay(captured, len(alphas)), alphas, w, carry=greedy)
         for alphas, w in zip(nodes, weights, strict=True)
     ]
@@ -47,8 +49,7 @@ def joint_search(
     scores, paths, dead = [], [], set()
     for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
         gradient, carried, found = torch.zeros_like(wide), torch.zeros_like(entered), False
-        for chunk in chunks:
-            own, along_path = chunk.gradients(act, objective)
+        for chunk, (own, along_path) in each(chunks, partial(Overwritten.gradients, act=act, value_of=objective)):
             carried += chunk.weights.to(carried) @ along_path
             if own is not None:
                 found = True

@@ -121,6 +121,14 @@ class Replay:
         pairs = zip(total, found[len(outputs) :], strict=False)
         return total, [t if u is None or t is None else None if t.equal(u) else t - u for t, u in pairs]
 
+    def part(self, start: int, stop: int) -> Replay:
+        """Copies start..stop of this one, where it stands."""
+        part = Replay(self.capture, stop - start)
+        for state, tangent in zip(self.states, self.tangents, strict=True):
+            rows = slice(len(state) // self.copies * start, len(state) // self.copies * stop)
+            part.push(state.detach()[rows], None if tangent is None else tangent[rows])
+        return part
+
     def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output of the next block with its neurons at the chosen positions silent, and with carry its derivative by
         alpha."""

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOCATING = {"attribution", "path", "pruning", "misdirection", "unlearning"}
-ENGINE = {"sites", "capture", "replay", "quadrature"}
+ENGINE = {"sites", "capture", "prefix", "replay", "chunks", "memory", "quadrature"}
 
 # module of mipfast (a package counts with all it holds) -> modules of mipfast it may not import
 FORBIDDEN = {

@@ -21,6 +21,7 @@ from tiny import (
 )
 
 import mipfast
+from mipfast import prefix
 
 GAUSS = ["gausslegendre", "gaussradau"]
 METHODS = [*GAUSS, "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
@@ -131,6 +132,13 @@ def test_text_positions_and_objectives(llama, llama_batch, positions, objective)
 def test_text_left_padding(llama, positions):
     batch = text_batch(llama, [9, 12, 6], [2, 1, 3], "left", seed=3)
     same(llama, batch, positions=positions, n_steps=2)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_long_suffixes_take_torchs_attention(qwen, monkeypatch, modality, padding):
+    monkeypatch.setattr(prefix, "TORCH_FROM", 1)
+    same(qwen, image_batch(qwen, 2, 7, padding=padding), modality=modality, positions="all")
 
 
 @pytest.mark.parametrize("positions", ["last_prompt", "all"])
