@@ -364,9 +364,9 @@ def test_captum(text, interleaved, row, method):
     def captum():
         rows = []
         for block in model.model.layers:
-            method = attr.LayerIntegratedGradients(objective, block.mlp.down_proj)
+            layer = attr.LayerIntegratedGradients(objective, block.mlp.down_proj)
             options = dict(n_steps=STEPS, method=method, attribute_to_layer_input=True)
-            rows.append(method.attribute(embeddings, torch.zeros_like(embeddings), **options).sum(1)[0])
+            rows.append(layer.attribute(embeddings, torch.zeros_like(embeddings), **options).sum(1)[0])
         return torch.stack(rows)
 
     def ours(residuals="first"):

@@ -181,11 +181,13 @@ def locate(
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
     batches = [batch] if isinstance(batch, Mapping) else batch
+    parts: list[Located] = []
     with held(model):
-        parts = [
-            _with_memory(model, sites, stack, one, config, nodes, weights, first=i == 0)
-            for i, one in enumerate(tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress))
-        ]
+        for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
+            try:
+                parts.append(_with_memory(model, sites, stack, one, config, nodes, weights, first=not parts))
+            except InputError as error:
+                raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
         raise InputError("no batch to locate on: the iterable was empty")
     scores, paths, residuals, counts, dead = zip(*parts, strict=True)

@@ -168,8 +168,15 @@ def _show_forecast(surveyed: Any, forecast: Any) -> None:
     table.add_row("PFLOP", f"{forecast.flops / 1e15:.4g}")
     table.add_row("memory", f"{forecast.memory / 1e9:.3g} GB")
     for name, seconds in forecast.seconds.items():
-        table.add_row(f"hours on {name}", f"{seconds / 3600:.3g}")
+        table.add_row(f"time on {name}", _time(seconds))
     console.print(table)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ from mipfast.path import per_label
 from mipfast.samples import EXPECTED, Encoded, Encoder, Sample, read_samples
 from mipfast.sites import find_sites
 
+log = logging.getLogger("mipfast")
 CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
 RUN, SHARDS, AGGREGATE = "run.json", "shard-*.safetensors", "aggregate.safetensors"
 
@@ -122,6 +124,9 @@ def locate_file(
     _claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
     sums = _Sums.load(out) if aggregate else None
     done = sums.chunks if sums else len(list(out.glob(SHARDS)))
+    if done == surveyed.chunks:
+        log.info("%s is finished: all %d samples are there, nothing left to do", out, surveyed.samples)
+        return
     options: dict[str, Any] = {
         "total": surveyed.samples,
         "initial": min(done * CHUNK * batch_size, surveyed.samples),

@@ -217,6 +217,15 @@ def test_stopped_at_every_write_and_resumed_gives_the_same_bits(
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_finished_folder_says_so(llama, text_file, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "mipfast")
+    model, encoder = load(llama)
+    streaming.locate_file(model, encoder, text_file, tmp_path, batch_size=BATCH, limit=3)
+    monkeypatch.setattr(streaming, "_locate_chunk", None)
+    streaming.locate_file(model, encoder, text_file, tmp_path, batch_size=BATCH, limit=3)
+    assert "all 3 samples are there, nothing left to do" in caplog.text
+
+
 def test_an_unfinished_folder_is_not_read(llama, text_file, tmp_path, monkeypatch):
     real, calls = streaming.locate, []
 
@@ -358,7 +367,7 @@ def test_dry_run_shows_the_cost_and_runs_nothing(llama, text_file, tmp_path, mon
     result = command(*arguments)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     assert result.exit_code == 0 and not (tmp_path / "out").exists()
-    for row in ("samples", "tokens", "PFLOP", "memory", "hours on this machine", "hours on H100", "hours on H200"):
+    for row in ("samples", "tokens", "PFLOP", "memory", "time on this machine", "time on H100", "time on H200"):
         assert row in shown
     encoder = samples.Encoder.from_pretrained(llama)
     surveyed = streaming.survey(encoder, text_file, LocateConfig(), limit=10)
