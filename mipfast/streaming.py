@@ -22,10 +22,12 @@ from tqdm.auto import tqdm
 
 from mipfast.attribution import Attribution, LocateConfig, locate
 from mipfast.cost import DEVICES, Device, Shape, estimate
+from mipfast.data.jsonl import EXPECTED, read_lines
+from mipfast.data.records import Record
 from mipfast.errors import ArtefactError, InputError, MipfastError
 from mipfast.files import RUN, claim, read_run, write_atomic
 from mipfast.path import per_label
-from mipfast.samples import EXPECTED, Encoded, Encoder, Sample, read_samples
+from mipfast.samples import Encoded, Encoder, in_batches
 from mipfast.sites import find_sites
 
 CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
@@ -59,7 +61,7 @@ def survey(
     for lines in _chunks(data, batch_size, limit):
         chunk = _encoded(encoder, lines, config, data)
         samples, chunks, tokens = samples + len(chunk), chunks + 1, tokens + sum(s.tokens for s in chunk)
-        for order in _batches(chunk, batch_size):
+        for order in in_batches(chunk, batch_size):
             batch = [chunk[i] for i in order]
             before = min(len(s.prompt) for s in batch)
             shapes[len(batch), before, max(s.tokens for s in batch) - before, max(s.patches for s in batch)] += 1
@@ -227,30 +229,22 @@ class _Sums:
         return Attribution(scores, path.expand(2, -1, -1).contiguous(), self.facts["report"] | facts)
 
 
-def _chunks(data: str | Path, batch_size: int, limit: int | None) -> Iterator[list[Sample]]:
-    samples = read_samples(data, limit)
-    while chunk := list(islice(samples, CHUNK * batch_size)):
+def _chunks(data: str | Path, batch_size: int, limit: int | None) -> Iterator[list[Record]]:
+    records = read_lines(data, limit)
+    while chunk := list(islice(records, CHUNK * batch_size)):
         yield chunk
 
 
-def _encoded(encoder: Encoder, chunk: list[Sample], config: LocateConfig, data: str | Path) -> list[Encoded]:
+def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: str | Path) -> list[Encoded]:
     encoded = []
-    for sample in chunk:
+    for record in chunk:
         try:
-            if config.modality == "vision" and sample.image is None:
+            if config.modality == "vision" and record.image is None:
                 raise InputError('modality vision scores pictures; expected an "image" on every line')
-            encoded.append(encoder.encode(sample))
+            encoded.append(encoder.encode(record))
         except InputError as error:
-            raise InputError(f"{data}, line {sample.line}: {error}") from error
+            raise InputError(f"{data}, line {record.id}: {error}") from error
     return encoded
-
-
-def _batches(chunk: list[Encoded], batch_size: int) -> list[list[int]]:
-    """Indices into the chunk: batches of one kind, with pictures or without, of similar length. Prompts first, because
-    a replay starts where the shortest prompt of its batch ends."""
-    order = sorted(range(len(chunk)), key=lambda i: (len(chunk[i].prompt), len(chunk[i].answer)))
-    kinds = [[i for i in order if bool(chunk[i].image) == pictures] for pictures in (False, True)]
-    return [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
 
 
 def _locate_chunk(
@@ -263,19 +257,19 @@ def _locate_chunk(
     bar: Any,
 ) -> Attribution:
     """Samples in the chunk's order."""
-    batches = _batches(chunk, batch_size)
-    lines: list[int] = []
+    batches = in_batches(chunk, batch_size)
+    lines: list[str] = []
 
     def inputs() -> Iterator[dict[str, torch.Tensor]]:
         for order in batches:
-            lines[:] = [chunk[i].line for i in order]
+            lines[:] = [chunk[i].id for i in order]
             yield {name: value.to(model.device) for name, value in encoder.batch([chunk[i] for i in order]).items()}
             bar.update(len(order))
 
     try:
         found = locate(model, inputs(), config)
     except MipfastError as error:
-        where = f"{data}, a batch of lines {', '.join(map(str, lines))}"
+        where = f"{data}, a batch of lines {', '.join(lines)}"
         raise type(error)(f"{where}: {error}") from error
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
     per_sample = {name: [found.report[name][i] for i in order] for name in ("residuals", "num_labels")}

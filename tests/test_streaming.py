@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import mipfast
 from mipfast import Attribution, InputError, LocateConfig, NeuronPath, cli, files, samples, streaming
+from mipfast.data import Record, read_lines
 from mipfast.demo import people
 
 DEMO = Path(cli.__file__).parent / "demo" / "weights" / "base"
@@ -78,6 +79,10 @@ def write(folder, rows, name="data.jsonl"):
     return path
 
 
+def ask(prompt, answer, image=None):
+    return Record("1", "data", "image" if image else "text", "generation", prompt, answer, image=image)
+
+
 def load(folder, dtype="float32"):
     return samples.load_model(folder, dtype=dtype), samples.Encoder.from_pretrained(folder)
 
@@ -105,7 +110,7 @@ def same(first, second):
 def test_text_equals_locate_in_the_file_s_order(llama, text_file, tmp_path):
     found = run(llama, text_file, tmp_path / "out")
     model, encoder = load(llama)
-    for i, sample in enumerate(samples.read_samples(text_file)):
+    for i, sample in enumerate(read_lines(text_file)):
         alone = mipfast.locate(model, encoder.batch([encoder.encode(sample)]))
         torch.testing.assert_close(found.scores[i], alone.scores[0], rtol=1e-4, atol=1e-5 * alone.scores.abs().max())
         assert found.report["num_labels"][i] == len(sample.answer.split()) == alone.report["num_labels"][0]
@@ -125,13 +130,13 @@ def test_the_demo_model_equals_locate_on_the_same_batches(mixed_file, tmp_path, 
     config = LocateConfig(modality=modality)
     found = run(DEMO, data, tmp_path / "out", config, batch_size=4)
     model, encoder = load(DEMO)
-    encoded = [encoder.encode(sample) for sample in samples.read_samples(data)]
+    encoded = [encoder.encode(sample) for sample in read_lines(data)]
     batches = []
     for pictures in (False, True):
         kind = sorted((s for s in encoded if bool(s.image) == pictures), key=lambda s: (len(s.prompt), len(s.answer)))
         batches += [kind[i : i + 4] for i in range(0, len(kind), 4)]
     expected = mipfast.locate(model, [encoder.batch(batch) for batch in batches], config)
-    index = [sample.line - 1 for batch in batches for sample in batch]
+    index = [int(sample.id) - 1 for batch in batches for sample in batch]
     assert torch.equal(found.scores[index], expected.scores) and torch.equal(found.path[index], expected.path)
     assert [found.report["residuals"][i] for i in index] == expected.report["residuals"]
     assert sorted(index) == list(range(len(found.scores))) == list(range(20 if modality == "text" else 10))
@@ -140,11 +145,11 @@ def test_the_demo_model_equals_locate_on_the_same_batches(mixed_file, tmp_path, 
 
 def test_a_picture_without_placeholder_comes_before_the_prompt(mixed_file):
     encoder = samples.Encoder.from_pretrained(DEMO)
-    picture = next(s.image for s in samples.read_samples(mixed_file) if s.image)
-    ids = encoder.encode(samples.Sample(1, "Name the pet of this person .", "dog", picture)).prompt
+    picture = next(s.image for s in read_lines(mixed_file) if s.image)
+    ids = encoder.encode(ask("Name the pet of this person .", "dog", picture)).prompt
     assert ids[:6] == [3, 5, 5, 5, 5, 4] and 5 not in ids[6:]
     with pytest.raises(InputError, match="2 image placeholders; expected one"):
-        encoder.encode(samples.Sample(1, "<|image_pad|> and <|image_pad|>", "dog", picture))
+        encoder.encode(ask("<|image_pad|> and <|image_pad|>", "dog", picture))
 
 
 def test_chat_templates(mixed_file):
@@ -154,15 +159,15 @@ def test_chat_templates(mixed_file):
         "{% for c in m.content %}{% if c.type == 'image' %}<|image_pad|>{% else %}{{ c.text }}{% endif %} {% endfor %}"
     )
     encoder.tokenizer.chat_template = turn + parts + "{% endif %} <|im_end|>{% endfor %}"
-    plain = encoder.encode(samples.Sample(1, "Name the pet", "dog", None))
+    plain = encoder.encode(ask("Name the pet", "dog"))
     assert plain.prompt[0] == 1 and plain.prompt[-1] == 2 and len(plain.prompt) == 5 and len(plain.answer) == 1
-    picture = next(s.image for s in samples.read_samples(mixed_file) if s.image)
-    assert encoder.encode(samples.Sample(1, "Name the pet", "dog", picture)).prompt[:5] == [1, 5, 5, 5, 5]
+    picture = next(s.image for s in read_lines(mixed_file) if s.image)
+    assert encoder.encode(ask("Name the pet", "dog", picture)).prompt[:5] == [1, 5, 5, 5, 5]
     encoder.tokenizer.chat_template = "{% for m in messages %}" + parts + "{% endfor %}"  # shows parts only
-    assert encoder.encode(samples.Sample(1, "Name the pet", "dog", None)).prompt == plain.prompt[1:-1]
+    assert encoder.encode(ask("Name the pet", "dog")).prompt == plain.prompt[1:-1]
     encoder.tokenizer.chat_template = "nothing"
     with pytest.raises(InputError, match="does not show the prompt"):
-        encoder.encode(samples.Sample(1, "Name the pet", "dog", None))
+        encoder.encode(ask("Name the pet", "dog"))
 
 
 def test_aggregate_selects_what_the_samples_select(llama, text_file, tmp_path):
@@ -362,7 +367,7 @@ def test_dry_run_shows_the_cost_and_runs_nothing(llama, text_file, tmp_path, mon
         assert row in shown
     encoder = samples.Encoder.from_pretrained(llama)
     surveyed = streaming.survey(encoder, text_file, LocateConfig(), limit=10)
-    encoded = [encoder.encode(s) for s in samples.read_samples(text_file, 10)]
+    encoded = [encoder.encode(s) for s in read_lines(text_file, 10)]
     assert (surveyed.samples, surveyed.tokens) == (10, sum(s.tokens for s in encoded))
     assert (
         surveyed.chunks == 1

@@ -1,0 +1,225 @@
+"""MLLMU-Bench and CLEAR as records. A table's schema is known by its columns, because the same folder name holds
+different ones: forget_5 of MLLMU-Bench is for evaluation, forget_5 of its training tables has QA pairs as JSON."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mipfast.data.records import LETTERS, Picture, Record
+from mipfast.data.tables import Row, find_table, read_rows
+from mipfast.errors import InputError
+
+log = logging.getLogger("mipfast")
+
+CAPTION_QUESTIONS = (
+    "Describe this picture.",
+    "What does this picture show?",
+    "Write a caption for this picture.",
+    "Who or what is in this picture?",
+    "Say in a sentence or two what is to be seen here.",
+)
+CAPTION_CHOICE = "Which caption belongs to this picture?"
+NAME_QUESTION = "What is the name of the person in this picture?"
+MODALITIES = {"Image_Textual": "image", "Pure_Text": "text"}  # MLLMU-Bench's names
+
+
+def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
+    """Every record of one table of MLLMU-Bench or CLEAR (docs/data.md says which table gives which).
+
+    source: a local folder that holds <group>/*.parquet, or the Hub id of one, which is then fetched. What is drawn
+    (a CLEAR row's captioning question and order of options, one of a Test_Set row's pictures) depends on seed, group
+    and row alone. Pictures stay encoded. Raises InputError with file, row and column for a table that cannot be used,
+    ArtefactError for a file that is no parquet."""
+    records: dict[str, Record] = {}
+    rows: dict[str, str] = {}
+    for number, row in enumerate(read_rows(find_table(source, group))):
+        rng = random.Random(f"{seed} {group} {row.values.get('ID', number)}")
+        for record in _schema(row).records(row, str(number), rng):
+            if record.id in records:
+                person = repr(record.id.split("/")[0])
+                raise row.error("ID", f"{person}, which {rows[record.id]} has too", "every person once")
+            records[record.id] = replace(record, group=group)
+            rows[record.id] = f"row {row.number} of {row.file.name}"
+    found = Counter(f"{record.modality} {record.task}" for record in records.values())
+    log.info("%s of %s: %s", group, source, ", ".join(f"{n} {kind}" for kind, n in found.items()))
+    return list(records.values())
+
+
+def person_names(source: str | Path, group: str = "Full_Set") -> dict[str, str]:
+    """{ID: name} from the biographies of an MLLMU-Bench table."""
+    names = {}
+    for row in read_rows(find_table(source, group)):
+        names[row.text("ID")] = row.text("biography", row.json("biography", dict).get("Name"))
+    return names
+
+
+def without_pictures(records: Sequence[Record], names: Mapping[str, str]) -> list[Record]:
+    """Picture questions asked in text: "this person" becomes the name of the person whose ID the record's id begins
+    with. The questions that do not say "this person" are left out: without the picture nobody could answer them.
+    Raises InputError for a person without a name."""
+    texts = []
+    for record in records:
+        person = record.id.split("/")[0]
+        if "this person" not in record.question:
+            continue
+        if person not in names:
+            raise InputError(f"record {record.id} is of person {person}, who has no name; names has {len(names)}")
+        question = record.question.replace("this person", names[person])
+        texts.append(replace(record, id=f"{record.id}/text", modality="text", image=None, question=question))
+    return texts
+
+
+class Schema(NamedTuple):
+    """marks: columns any of which give the schema away. needed: columns without which it cannot be read, | between
+    alternatives."""
+
+    name: str
+    marks: set[str]
+    needed: tuple[str, ...]
+    records: Callable[[Row, str, random.Random], Iterator[Record]]
+
+
+def _schema(row: Row) -> Schema:
+    columns = row.values.keys()
+    for schema in SCHEMAS:
+        if schema.marks & columns:
+            for needed in schema.needed:
+                if not set(needed.split("|")) & columns:
+                    raise InputError(
+                        f"{row.file}: column {needed.replace('|', ' or ')} is missing; found {', '.join(columns)}; "
+                        f"expected {schema.name} with {', '.join(schema.needed)}"
+                    )
+            return schema
+    expected = "; ".join(f"{schema.name}: {', '.join(schema.needed)}" for schema in SCHEMAS)
+    raise InputError(f"{row.file}: no known schema has columns {', '.join(columns)}; expected one of {expected}")
+
+
+def _mllmu_evaluation(row: Row, _: str, rng: random.Random) -> Iterator[Record]:
+    person = row.text("ID")
+    picture = _portrait(row, rng)
+
+    def record(task: Any, modality: Any, number: int, **fields: Any) -> Record:
+        image = picture if modality == "image" else None
+        return Record(f"{person}/{task}/{modality}/{number}", "", modality, task, image=image, **fields)
+
+    choices = row.fields("Classification_Task", row.values["Classification_Task"])
+    for name, modality in MODALITIES.items():
+        column = f"Classification_Task.{name}_Questions"
+        for number, found in enumerate(row.items(column, choices.get(f"{name}_Questions") or [])):
+            found = row.fields(column, found)
+            shown = row.fields(f"{column}.Options", found.get("Options"))
+            letters = sorted(letter for letter, option in shown.items() if option is not None)
+            options = tuple(row.text(f"{column}.Options.{letter}", shown[letter]) for letter in letters)
+            if len(options) < 2 or letters != list(LETTERS[: len(letters)]):
+                raise row.error(f"{column}.Options", f"options {', '.join(letters) or 'none'}", "A, B, C and D")
+            letter = found.get("Correct_Answer")
+            if letter not in letters:
+                raise row.error(f"{column}.Correct_Answer", repr(letter), f"one of {', '.join(letters)}")
+            question, answer = row.text(f"{column}.Question", found.get("Question")), shown[letter]
+            yield record("choice", modality, number, question=question, answer=answer, options=options, letter=letter)
+    for task, column in (("generation", "Generation_Task"), ("cloze", "Mask_Task")):
+        numbers: Counter[str] = Counter()
+        for found in row.items(column, row.values[column]):
+            found = row.fields(column, found)
+            if (kind := found.get("Type")) not in MODALITIES:
+                raise row.error(f"{column}.Type", repr(kind), f"one of {', '.join(MODALITIES)}")
+            modality = MODALITIES[kind]
+            question = row.text(f"{column}.Question", found.get("Question"))
+            answer = row.text(f"{column}.Ground_Truth", found.get("Ground_Truth"))
+            yield record(task, modality, numbers[modality], question=question, answer=answer)
+            numbers[modality] += 1
+
+
+def _portrait(row: Row, rng: random.Random) -> Picture:
+    """Of several, one that is drawn."""
+    if "image" in row.values:
+        return row.picture("image", row.values["image"])
+    pictures = [picture for picture in row.items("images", row.values["images"]) if picture is not None]
+    if not pictures:
+        raise row.error("images", "an empty list", "at least one picture")
+    return row.picture("images", rng.choice(pictures))
+
+
+def _mllmu_training(row: Row, row_number: str, rng: random.Random) -> Iterator[Record]:
+    person = row.text("ID")
+    picture = row.picture("image", row.values["image"])
+    for number, pair in enumerate(row.json("metadata", list)):
+        pair = row.fields("metadata", pair)
+        question, answer = (row.text(f"metadata.{name}", pair.get(name)) for name in ("Question", "Answer"))
+        yield Record(f"{person}/qa/{row_number}/{number}", "", "image", "generation", question, answer, image=picture)
+
+
+def _clear_captions(row: Row, number: str, rng: random.Random) -> Iterator[Record]:
+    """Rows of a +tofu table without a picture are TOFU's questions in text."""
+    if row.values["image"] is None:
+        yield Record(f"{number}/qa", "", "text", "generation", row.text("question"), row.text("answer"))
+        return
+    picture = row.picture("image", row.values["image"])
+    caption = row.text("caption")
+    asked = Record(
+        f"{number}/caption", "", "image", "generation", rng.choice(CAPTION_QUESTIONS), caption, image=picture
+    )
+    if "perturbed_captions" not in row.values:
+        yield asked
+        return
+    wrong = row.texts("perturbed_captions")
+    yield replace(asked, paraphrase=row.text("paraphrased_caption"), perturbed=wrong)
+    yield _choice(row, "perturbed_captions", f"{number}/choice", CAPTION_CHOICE, caption, wrong, picture, rng)
+    wrong = row.texts("perturbed_names")
+    yield replace(asked, id=f"{number}/name", question=NAME_QUESTION, answer=row.text("name"), perturbed=wrong)
+
+
+def _clear_options(row: Row, number: str, rng: random.Random) -> Iterator[Record]:
+    picture = None if (image := row.values.get("image")) is None else row.picture("image", image)
+    face = picture is not None and "question" not in row.values
+    question, answer = NAME_QUESTION if face else row.text("question"), row.text("answer")
+    wrong = tuple(option for option in row.texts("options") if option != answer)
+    modality: Any = "image" if picture else "text"
+    asked = Record(f"{number}/qa", "", modality, "generation", question, answer, image=picture, perturbed=wrong)
+    yield asked
+    yield _choice(row, "options", f"{number}/choice", question, answer, wrong, picture, rng)
+
+
+def _choice(
+    row: Row,
+    column: str,
+    number: str,
+    question: str,
+    answer: str,
+    wrong: Sequence[str],
+    picture: Picture | None,
+    rng: random.Random,
+) -> Record:
+    """The answer among distinct wrong ones, at a place that is drawn."""
+    options = list(dict.fromkeys([answer, *wrong]))
+    if not 2 <= len(options) <= len(LETTERS):
+        raise row.error(column, f"{len(options) - 1} wrong options", f"1 to {len(LETTERS) - 1}")
+    rng.shuffle(options)
+    letter = LETTERS[options.index(answer)]
+    modality: Any = "image" if picture else "text"
+    return Record(number, "", modality, "choice", question, answer, tuple(options), picture, letter=letter)
+
+
+SCHEMAS = (
+    Schema(
+        "an MLLMU-Bench evaluation table",
+        {"Classification_Task", "Generation_Task", "Mask_Task"},
+        ("ID", "image|images", "Classification_Task", "Generation_Task", "Mask_Task"),
+        _mllmu_evaluation,
+    ),
+    Schema("an MLLMU-Bench training table", {"metadata"}, ("ID", "image", "metadata"), _mllmu_training),
+    Schema(
+        "CLEAR's perturbed captions",
+        {"perturbed_captions", "paraphrased_caption", "perturbed_names"},
+        ("image", "caption", "name", "paraphrased_caption", "perturbed_captions", "perturbed_names"),
+        _clear_captions,
+    ),
+    Schema("CLEAR's captions", {"caption"}, ("image", "caption"), _clear_captions),
+    Schema("CLEAR's options", {"options"}, ("answer", "options", "image|question"), _clear_options),
+)
