@@ -59,7 +59,8 @@ def probability(nll: float) -> float:
 
 def normalised_probability(true: float, wrong: Sequence[float]) -> float:
     """p_true / (p_true + sum of p_wrong), from NLLs: TOFU's and CLEAR's probability where wrong answers are given."""
-    return float(np.exp(-true - np.logaddexp.reduce([-true, *(-w for w in wrong)])))
+    with np.errstate(invalid="ignore"):  # nan is the right word
+        return float(np.exp(-true - np.logaddexp.reduce([-true, *(-w for w in wrong)])))
 
 
 def truth_ratio(true: float, wrong: Sequence[float]) -> float:
