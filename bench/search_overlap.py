@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from mipfast import locate
-from mipfast.attribution import versions
 from mipfast.demo.run import load_base
 from mipfast.evaluation import evaluate
+from mipfast.files import versions
 
 FINE = dict(search="greedy", method="gausslegendre", n_steps=12)
 SETTINGS = {

@@ -7,7 +7,6 @@ definitions are the ones with a completeness theorem.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,11 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast import memory
-from mipfast._version import __version__
 from mipfast.capture import Capture, capture
 from mipfast.chunks import Chunk, Sums, each, make_chunks
 from mipfast.errors import DivergedError, InputError
-from mipfast.files import load_artefact, save_artefact
+from mipfast.files import load_artefact, save_artefact, versions
 from mipfast.modes import held
 from mipfast.positions import Batch, Labels, Positions, find_labels
 from mipfast.quadrature import quadrature
@@ -207,13 +205,6 @@ def locate(
             "versions": versions(),
         },
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what is loaded and a number may depend on."""
-    found = {"python": sys.version.split()[0], "mipfast": __version__, "torch": torch.__version__}
-    loaded = {name: sys.modules.get(name) for name in ("transformers", "triton", "numpy")}
-    return found | {name: module.__version__ for name, module in loaded.items() if module}
 
 
 def objective_value(logits: torch.Tensor, labels: Labels, objective: str) -> torch.Tensor:

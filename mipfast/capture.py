@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from mipfast.errors import DivergedError, InputError
+from mipfast.modes import unwrapped
 from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows, without_labels
 from mipfast.prefix import Prefix, Recording, UnsupportedAttention, recording
-from mipfast.sites import Sites, Stack, unwrapped
+from mipfast.sites import Sites, Stack
 
 log = logging.getLogger("mipfast")
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mipfast._version import __version__
 from mipfast.errors import ArtefactError
+
+RUN = "run.json"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -58,3 +62,42 @@ def load_artefact(
     if missing:
         raise ArtefactError(f"{folder} holds a {kind} without {', '.join(sorted(missing))}; write it again")
     return found
+
+
+def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
+    """Make the folder this run's by writing run.json, or see that it is and clear what a killed process left behind.
+
+    identity: what the results depend on; facts are written beside it and not compared. Raises ArtefactError where the
+    folder is another run's."""
+    identity = json.loads(json.dumps(identity))  # as it will be read back
+    found = read_run(folder)
+    if found is None:
+        write_json(folder / RUN, identity | (facts or {}))
+        return
+    for name, wanted in identity.items():
+        if (had := found.get(name)) != wanted:
+            if isinstance(had, dict) and name == "config":  # only the settings that differ
+                names = [key for key in wanted if had.get(key) != wanted[key]]
+                had, wanted = ({key: settings.get(key) for key in names} for settings in (had, wanted))
+            raise ArtefactError(
+                f"{folder} holds a run with another {name}: found {had}, this run has {wanted}; "
+                "give another folder, or what the first run was given"
+            )
+    for left_over in folder.glob(".[0-9]*.*"):  # a killed process could not remove what it was writing
+        left_over.unlink(missing_ok=True)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What `claim` wrote, or None in a folder that nobody claimed."""
+    path = folder / RUN
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ArtefactError(f"{path} is damaged ({error}); remove the folder and run again") from error
+
+
+def versions() -> dict[str, str]:
+    """Of what is loaded and a number may depend on."""
+    found = {"python": sys.version.split()[0], "mipfast": __version__, "torch": torch.__version__}
+    loaded = {name: sys.modules.get(name) for name in ("transformers", "triton", "numpy")}
+    return found | {name: module.__version__ for name, module in loaded.items() if module}

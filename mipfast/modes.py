@@ -1,9 +1,10 @@
-"""A model held still: evaluation mode, and gradients for chosen parameters only."""
+"""A model held still: evaluation mode, gradients for chosen parameters only; and the model inside PEFT's wrapper."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,3 +31,8 @@ def held(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Iterator[N
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel, whose own base_model is something else; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

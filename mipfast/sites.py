@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import ArtefactError, ModelError
+from mipfast.modes import unwrapped
 
 # What the output projection of an FFN and the module around it are called in transformers.
 OUTPUT_NAMES = ("down_proj", "fc2", "c_proj", "w2", "linear_fc2", "dense_4h_to_h", "lin2")
@@ -114,11 +115,6 @@ def find_sites(model: nn.Module) -> Sites:
             f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
         )
     return Sites(text[0], vision)
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PeftModel, whose own base_model is something else; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _decoder(model: Any) -> nn.Module:

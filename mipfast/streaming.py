@@ -26,14 +26,14 @@ from mipfast.cost import DEVICES, Device, Shape, estimate
 from mipfast.data.jsonl import EXPECTED, read_lines
 from mipfast.data.records import Record
 from mipfast.errors import ArtefactError, InputError, MipfastError
-from mipfast.files import write_atomic, write_json
+from mipfast.files import RUN, claim, read_run, write_atomic
 from mipfast.path import per_label
 from mipfast.samples import Encoded, Encoder, in_batches
 from mipfast.sites import find_sites
 
 log = logging.getLogger("mipfast")
 CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
-RUN, SHARDS, AGGREGATE = "run.json", "shard-*.safetensors", "aggregate.safetensors"
+SHARDS, AGGREGATE = "shard-*.safetensors", "aggregate.safetensors"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def locate_file(
     happened on."""
     out, config = Path(out), (config or LocateConfig()).resolved()
     surveyed = survey(encoder, data, config, batch_size, limit)
-    _claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
+    claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
     sums = _Sums.load(out) if aggregate else None
     done = sums.chunks if sums else len(list(out.glob(SHARDS)))
     if done == surveyed.chunks:
@@ -158,7 +158,7 @@ def read(folder: str | Path) -> Attribution:
     that was on any sample's path, most often first, padded with -1. Raises ArtefactError for an unfinished or damaged
     folder."""
     folder = Path(folder)
-    run = _run(folder)
+    run = read_run(folder)
     if run is None:
         raise ArtefactError(f"{folder / RUN} is missing; expected a folder written by mipfast locate")
     if run["aggregate"]:
@@ -284,9 +284,9 @@ def _locate_chunk(
 def _identity(
     model: Any, encoder: Encoder, surveyed: Survey, config: LocateConfig, batch_size: int, aggregate: bool, limit: Any
 ) -> dict[str, Any]:
-    """What a folder's results depend on, as JSON gives it back."""
+    """What a folder's results depend on."""
     settings = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()}
-    facts = {
+    return {
         "encoder": encoder.fingerprint(),
         "dtype": str(model.dtype),
         "model": find_sites(model).fingerprint(),
@@ -298,34 +298,6 @@ def _identity(
         "aggregate": aggregate,
         "config": {name: value for name, value in settings.items() if name != "progress"},
     }
-    return json.loads(json.dumps(facts))
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the folder this run's, or see that it is. Raises ArtefactError where it is another's."""
-    found = _run(folder)
-    if found is None:
-        write_json(folder / RUN, identity)
-        return
-    for name, wanted in identity.items():
-        if (had := found.get(name)) != wanted:
-            if isinstance(had, dict) and name == "config":  # only the settings that differ
-                names = [key for key in wanted if had.get(key) != wanted[key]]
-                had, wanted = ({key: settings.get(key) for key in names} for settings in (had, wanted))
-            raise ArtefactError(
-                f"{folder} holds a run with another {name}: found {had}, this run has {wanted}; "
-                "give another folder, or what the first run was given"
-            )
-    for left_over in folder.glob(".[0-9]*.*"):  # a killed process could not remove what it was writing
-        left_over.unlink(missing_ok=True)
-
-
-def _run(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}); remove the folder and run again") from error
 
 
 def _check_finished(folder: Path, found: int, wanted: int) -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from mipfast.attacks import relearned
-from mipfast.attribution import Attribution, locate, versions
+from mipfast.attribution import Attribution, locate
 from mipfast.demo import model as tiny
 from mipfast.demo import people
 from mipfast.errors import ArtefactError
 from mipfast.evaluation import evaluate
-from mipfast.files import write_atomic
+from mipfast.files import versions, write_atomic
 from mipfast.misdirection import RMisUConfig, misdirect
 from mipfast.path import NeuronPath
 from mipfast.positions import Rows, text_rows, without_labels
