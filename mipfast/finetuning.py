@@ -31,7 +31,7 @@ class FinetuneConfig:
     """full: train every weight instead of LoRA. rank, alpha, dropout: of LoRA on every linear layer of the language
     model, not of the vision tower, the projector or the head. lr: of AdamW without weight decay, falling linearly to 0
     over epochs, or optimiser steps where given; batch_size records each. bf16: compute in bfloat16, weights as they
-    are. gradient_checkpointing: less memory, a third more time. save_steps: between checkpoints. seed: adapters,
+    are. gradient_checkpointing: less memory, one more forward pass. save_steps: between checkpoints. seed: adapters,
     dropout, order. The defaults are those of MLLMU-Bench's fine-tuning."""
 
     full: bool = False

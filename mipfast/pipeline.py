@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -366,7 +366,7 @@ def _overridden(config: Any, given: Any, name: str) -> Any:
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """The value as a field of that type wants it. Raises InputError for another type."""
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if float in options and isinstance(value, str | int) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)  # YAML 1.1 reads 2e-5 as a text
