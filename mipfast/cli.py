@@ -28,7 +28,7 @@ Model = Annotated[str, typer.Option(help="Model folder or Hub id; its code is ne
 Source = Annotated[str, typer.Option("--data", help="Benchmark: a folder of TABLE/*.parquet, or its Hub id.")]
 Names = Annotated[
     str | None,
-    typer.Option(help="MLLMU-Bench source with the people's names: picture questions are asked in text too."),
+    typer.Option(help="MLLMU-Bench source with the people's names: tables of picture questions are asked in text too."),
 ]
 Some = Annotated[
     int | None, typer.Option("--limit", min=1, help="Records of each table and modality, drawn by the seed.")

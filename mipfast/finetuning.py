@@ -87,7 +87,7 @@ def finetune(
     model = model.float() if config.full else _with_adapters(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()  # or adapters behind frozen embeddings get no gradient, silently
+        model.enable_input_require_grads()  # transformers 4 else gives adapters behind frozen embeddings no gradient
     trained = {re.sub(r"\.\d+\.", ".*.", name) for name, p in model.named_parameters() if p.requires_grad}
     trainer = _trainer(model, rows, encoder, config, out / "checkpoints", device, progress)
     resumed = _last_checkpoint(out / "checkpoints")
@@ -121,7 +121,7 @@ def _check(config: FinetuneConfig, records: Sequence[Record], device: str | None
     if not records:
         raise InputError("there are no records to learn; expected at least one")
     sizes = {name: getattr(config, name) for name in ("rank", "alpha", "epochs", "batch_size", "save_steps")}
-    for name, size in (sizes | {"steps": config.steps or 1}).items():
+    for name, size in (sizes | {"steps": 1 if config.steps is None else config.steps}).items():
         if size < 1:
             raise InputError(f"{name}={size}; expected at least 1")
     if not config.lr > 0 or not 0 <= config.dropout < 1:

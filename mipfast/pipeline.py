@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -373,11 +373,18 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     for option in options:
         if get_origin(option) is Literal:
             fits = value in get_args(option)
-        elif get_origin(option) is dict:  # {role: groups}
+        elif get_origin(option) is dict:
             fits = isinstance(value, dict) and all(isinstance(groups, list) for groups in value.values())
         else:
             fits = isinstance(value, option) and not (option is int and isinstance(value, bool))
         if fits:
             return value
-    wanted = getattr(hint, "__name__", str(hint)) if len(options) == 1 else str(hint)
-    raise InputError(f"{name}: found {value!r}; expected {wanted}")
+    raise InputError(f"{name}: found {value!r}; expected {' or '.join(map(_shown, options))}")
+
+
+def _shown(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is dict:
+        return "{role: [tables]}"
+    return "null" if hint is NoneType else hint.__name__

@@ -61,8 +61,9 @@ def load_groups(
 ) -> list[Record]:
     """Every record of several tables, in order. A group is a table of source, or SOURCE/TABLE for one of another.
 
-    names: the MLLMU-Bench source whose Full_Set names the people; picture questions are then asked in text as well.
-    limit: records of each group and modality, drawn with the seed. Raises what `load` raises."""
+    names: the MLLMU-Bench source whose Full_Set names the people; the questions of tables that ask about pictures alone
+    are then asked in text as well. limit: records of each group and modality, drawn with the seed. Raises what `load`
+    raises."""
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}; expected at least 1")
     known = person_names(names) if names else {}
@@ -70,8 +71,8 @@ def load_groups(
     for group in groups:
         where, _, table = str(group).rpartition("/")
         found = load(where or source, table, seed)
-        if known:
-            found += without_pictures([record for record in found if record.modality == "image"], known)
+        if known and all(record.modality == "image" for record in found):
+            found += without_pictures(found, known)
         for modality in ("text", "image"):
             some = [record for record in found if record.modality == modality]
             drawn = random.Random(f"{seed} {group} {modality}").sample(
