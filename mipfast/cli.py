@@ -301,7 +301,7 @@ def evaluate(
     _quiet_transformers()
     stage = pipeline.EvalStage(pipeline.Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
     judged = pipeline.judge(model, stage, out, seed, device, dtype, sys.stderr.isatty())
-    _show_metrics({model: judged.summary})
+    _show_metrics({"value": judged.summary})
 
 
 @app.command()
@@ -335,9 +335,9 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _show_metrics(models: dict[str, dict[str, Any]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("metric", *models)
+    table = Table(Column("metric", no_wrap=True), *models)
     for metric in next(iter(models.values())):
         values = [values[metric] for values in models.values()]
         table.add_row(metric, *("–" if value is None else f"{value:.3f}" for value in values))

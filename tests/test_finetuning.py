@@ -39,7 +39,7 @@ def trained(qwen, records, tmp_path_factory):
 
 
 def weights(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
 
 
 def same(first, second):

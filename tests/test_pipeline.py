@@ -66,11 +66,6 @@ def demo(tmp_path_factory):
     return twins.write_model(tmp_path_factory.mktemp("demo"))
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return {name: twins.write_family(tmp_path_factory.mktemp("family") / name, name) for name in FAMILIES}
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(streaming, "CHUNK", 1)
@@ -97,7 +92,7 @@ def command(*arguments):
 
 
 def weights(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
 
 
 def same(first, second):
@@ -268,12 +263,13 @@ def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_command_on_a_folder_of_random_weights(mllmu, families, tmp_path, family):
+def test_every_command_on_a_folder_of_random_weights(mllmu, tmp_path, family):
+    base = twins.write_family(tmp_path / "base", family)
     tables = ["--data", mllmu / "mllmu-train", "--device", "cpu"]
     names = ["--names", mllmu / "mllmu", "--limit", 2]
     for mode in ("lora", "full"):
         more = ["--group", mllmu / "mllmu" / "ft_Data", "--steps", 1, *(["--full"] if mode == "full" else [])]
-        command("finetune", "--model", families[family], *tables, *names, *more, "--out", tmp_path / mode)
+        command("finetune", "--model", base, *tables, *names, *more, "--out", tmp_path / mode)
     vanilla = tmp_path / "lora" / "model"
     command(
         "locate",
@@ -301,6 +297,20 @@ def test_every_command_on_a_folder_of_random_weights(mllmu, families, tmp_path, 
     shown = command("eval", "--model", tmp_path / "u" / "unlearn" / "model", *asked, "--out", tmp_path / "e")
     assert "forget_5/text" in shown and "forget_5/image" in shown
     assert (tmp_path / "e" / "MIPFAST_SUMMARY.json").exists()
+
+
+def test_clear_goes_through_the_same_commands(demo, tmp_path):
+    """Pictures and TOFU's questions in one table."""
+    clear = twins.write_clear(tmp_path / "clear", count=4)
+    common = ["--model", demo, "--data", clear, "--limit", 2, "--device", "cpu"]
+    command("finetune", *common, "--group", "full+tofu", "--steps", 1, "--out", tmp_path / "f")
+    groups = ["--forget", "forget05+tofu", "--retain", "retain95+tofu", "--general", "real_world", "--steps", 2]
+    command("unlearn", *common, *groups, "--layer", 3, "--out", tmp_path / "u")
+    assert sorted(p.name for p in (tmp_path / "u" / "locate").iterdir()) == sorted(
+        ["forget-image", "forget-text", "general-image", "retain-image", "retain-text"]
+    )
+    asked = ["--group", "forget05_perturbed", "--group", "real_faces", "--max-new-tokens", 2, "--out", tmp_path / "e"]
+    assert "forget05_perturbed/image/generation/truth_ratio" in command("eval", *common, *asked)
 
 
 @pytest.mark.parametrize(
