@@ -128,7 +128,8 @@ def read_rows(files: list[Path]) -> Iterator[Row]:
     for file in files:
         number = 0
         try:
-            with parquet.ParquetFile(file) as table:
+            # reading a group of rows ahead takes another copy of its pictures: 720 MB instead of 460 for 250
+            with parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
                 for batch in table.iter_batches(ROWS_AT_ONCE):
                     for values in batch.to_pylist():
                         yield Row(file, number, values)
