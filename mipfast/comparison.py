@@ -3,7 +3,7 @@
 A run's folder holds eval/<model>/, as `evaluate_records` writes it, and summary.json, JSON-only values:
     models: {model: {"group/modality/task/metric": mean or null}}; "vanilla" is the one that the edits started from
     roles: {"forget", "retain" and "general": [group]}; title: str; config, versions, machine, neurons: dicts;
-    seed: int; seconds: {stage: float}; flags: ["name: words"]; all but models may be absent
+    seed: int; seconds: {stage: float}; flags: [str]; all but models may be absent
 A folder with NAME_SUMMARY.json (and NAME_EVAL.json) alone is one model without vanilla; its groups have the roles that
 the other runs give them.
 """
@@ -53,6 +53,7 @@ FLAGS = {
     "inconsistent_modality": "text and image questions of the forget set are forgotten at rates more than "
     f"{GAP:.0f} percentage points apart",
     "collapse": f"less than {COLLAPSE:.0f} % of the vanilla model's score is left on a retain or general set",
+    "run_note": "what the run itself has to say",
     "missing_metrics": "another row has metrics that this one lacks (–): their mean rates are of different things",
 }
 
@@ -105,7 +106,7 @@ class Run:
         """What runs that differ in the seed alone have in common."""
         if self.facts.get("seed") is None:
             return self.name
-        same = [_without(self.facts.get("config"), "seed", "out"), self.facts.get("versions"), self.roles]
+        same = [_without(self.facts.get("config"), "seed", "out", "title"), self.facts.get("versions"), self.roles]
         return json.dumps([same, sorted(self.models)], sort_keys=True)
 
 
@@ -133,7 +134,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.name + f"\n{len(self.scores)} seeds" * (len(self.scores) > 1)
+        what = "models" if self.is_vanilla else "seeds"
+        return self.name + f"\n{len(self.scores)} {what}" * (len(self.scores) > 1)
 
     @property
     def flagged(self) -> dict[str, int]:
@@ -205,7 +207,11 @@ def flags(scores: Scores, base: Scores | None, places: Iterable[Place] = ()) -> 
         found.append(f"diverged: not finite is {_listed(map(_named, bad))}")
     rates = {place: scores.rate(base, place) for place in scores.means if HEADLINE.get(place.task) == place.metric}
     known = {place: rate for place, rate in rates.items() if rate is not None}
-    both = [(known[p], known[q]) for p in known if p[:2] == ("forget", "text") and (q := _in_image(p)) in known]
+    both = [
+        (known[p], known[q])
+        for p in known
+        if p[:2] == ("forget", "text") and (q := p._replace(modality="image")) in known
+    ]
     if both:
         text, image = (fmean(side) for side in zip(*both, strict=True))
         if abs(text - image) > GAP:
@@ -325,7 +331,7 @@ def parts(comparison: Comparison) -> list[Part]:
     for run in comparison.runs:
         said = [run.facts.get("title", "an evaluation without summary.json")]
         said += [f"seed {run.facts['seed']}"] if run.facts.get("seed") is not None else []
-        said += [f"{sum(run.facts['seconds'].values()):.0f} s"] if run.facts.get("seconds") else []
+        said += [f"{sum(filter(None, run.facts['seconds'].values())):.0f} s"] if run.facts.get("seconds") else []
         facts = json.dumps({"folder": str(run.folder)} | run.facts, indent=1)
         found.append(Fold(f"{run.name}: {line(', '.join(said))}", [Verbatim(facts)]))
     return found
@@ -406,8 +412,11 @@ def _bars(comparison: Comparison, task: str, metric: str) -> dict[str, Any]:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], Path]]]:
     """(summary.json without its models, {model: (its means, the folder of its answers)})."""
     if (folder / "summary.json").is_file():
-        facts = _json(folder / "summary.json", "models")
-        return facts, {model: (means, folder / "eval" / model) for model, means in facts.pop("models").items()}
+        facts = _json(folder / "summary.json")
+        models = facts.pop("models", None)
+        if not isinstance(models, dict) or not models or not all(isinstance(means, dict) for means in models.values()):
+            raise ArtefactError(f"{folder / 'summary.json'} has no models, {{name: {{metric: mean}}}}; run again")
+        return facts, {model: (means, folder / "eval" / model) for model, means in models.items()}
     if summaries := sorted(folder.glob("*_SUMMARY.json")):
         return {}, {"model": ({key: value for path in summaries for key, value in _json(path).items()}, folder)}
     found = f"{folder} has neither summary.json nor NAME_SUMMARY.json"
@@ -416,14 +425,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any],
     raise ArtefactError(f"{found}; expected the folder of a finished run or evaluation")
 
 
-def _json(path: Path, *keys: str) -> dict[str, Any]:
-    """The object in a file, with objects under keys. Raises ArtefactError."""
+def _json(path: Path) -> dict[str, Any]:
+    """Raises ArtefactError for what is no JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtefactError(f"{path} is damaged ({error}); remove it and run again") from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in keys):
-        raise ArtefactError(f"{path} is no object{' with ' * bool(keys)}{', '.join(keys)}; remove it and run again")
+    if not isinstance(found, dict):
+        raise ArtefactError(f"{path} holds {type(found).__name__}, expected a JSON object; remove it and run again")
     return found
 
 
@@ -437,18 +446,15 @@ def _scores(means: dict[str, Any], folder: Path, roles: dict[str, str]) -> Score
     for path in sorted(folder.glob("*_EVAL.json")):
         for key, found in _json(path).items():
             metric, values = key.rsplit("/", 1)[-1], found.get("value_by_index") if isinstance(found, dict) else None
-            each[key] = {i: value.get(metric) for i, value in (values or {}).items()}
+            each[key] = {i: value.get(metric) for i, value in (values or {}).items() if isinstance(value, dict)}
     pools: dict[Place, list[tuple[float, int]]] = {}
     for key, mean in means.items():
         if mean is not None and not isinstance(mean, int | float):
             raise ArtefactError(f"{folder}: {key} is {mean!r}; expected a number or null")
-        group, modality, task, metric = (
-            names if len(names := line(key).rsplit("/", 3)) == 4 else ("all", "", "", line(key))
-        )
+        names = line(key).rsplit("/", 3)
+        group, *rest = names if len(names) == 4 else ["all", "", "", line(key)]
         value = math.nan if mean is None or not math.isfinite(mean) else float(mean)
-        pools.setdefault(Place(roles.get(group, group), modality, task, metric), []).append(
-            (value, len(each.get(key, ())))
-        )
+        pools.setdefault(Place(roles.get(group, group), *rest), []).append((value, len(each.get(key, ()))))
     pooled, counts = {}, {}
     for place, pool in pools.items():
         values, sizes = zip(*pool, strict=True)
@@ -476,7 +482,7 @@ def _rows(runs: list[Run]) -> list[Row]:
         for model in edited:
             every = [run.models[model] for run in some]
             said = [
-                [*map(line, run.facts.get("flags", [])), *flags(scores, base, places)]
+                [*flags(scores, base, places), *(f"run_note: {line(flag)}" for flag in run.facts.get("flags", []))]
                 for run, scores, base in zip(some, every, bases, strict=True)
             ]
             rows.append(Row(name if len(edited) == 1 else f"{name}: {line(model)}", every, bases, said))
@@ -493,10 +499,6 @@ def _texts(run: Run, model: str) -> dict[tuple[str, str], dict[str, Any]]:
     folder = run.models[model].folder if model in run.models else None
     rows = read_records(folder).rows if folder and any(folder.glob(ROWS)) else []
     return {(row["group"], row["id"]): row for row in rows}
-
-
-def _in_image(place: Place) -> Place:
-    return place._replace(modality="image")
 
 
 def _named(place: Place) -> str:

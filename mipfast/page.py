@@ -108,8 +108,8 @@ Part: TypeAlias = Heading | Grid | Picture | Bullets | Verbatim | Fold | str  # 
 
 def plain(text: object) -> str:
     """The text without control characters and halves of surrogate pairs, which belong into no page or terminal."""
-    whole = str(text).encode("utf-8", "replace").decode()
-    return "".join(c if c == "\n" or c >= " " and not "\x7f" <= c <= "\x9f" else "\ufffd" for c in whole)
+    whole = str(text).encode("utf-8", "replace").decode().replace("\r\n", "\n")
+    return "".join(c if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f" else "\ufffd" for c in whole)
 
 
 def line(text: object) -> str:
