@@ -134,8 +134,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        what = "models" if self.is_vanilla else "seeds"
-        return self.name + f"\n{len(self.scores)} {what}" * (len(self.scores) > 1)
+        return self.name + f"\n{len(self.scores)} seeds" * (len(self.scores) > 1)
 
     @property
     def flagged(self) -> dict[str, int]:
@@ -191,7 +190,8 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     for path, name, (facts, models) in zip(paths, last, read, strict=True):
         roles = _roles(facts) or every
         scores = {model: _scores(means, folder, roles) for model, (means, folder) in models.items()}
-        runs.append(Run(line(name if last.count(name) == 1 else path), path, facts, roles, scores))
+        unique = last.count(name) == 1 and name != VANILLA
+        runs.append(Run(line(name if unique else path), path, facts, roles, scores))
     return Comparison(runs, _rows(runs))
 
 
@@ -274,8 +274,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def answers(run: Run, model: str) -> list[Part]:
-    """The forget set's answers that a model still knows best, and least, with target and vanilla model's answer: of the
-    first task of HEADLINE that the folder has texts for. Empty where it has none.
+    """A model's answers of the forget set with the highest and with the lowest scores, beside the target and the vanilla
+    model's: of the first task of HEADLINE that the folder has texts for. Empty where it has none.
 
     Raises ArtefactError for a damaged folder."""
     scores, vanilla = run.models[model], _texts(run, VANILLA)
@@ -302,8 +302,8 @@ def answers(run: Run, model: str) -> list[Part]:
 
     order = sorted(ranked[task], key=lambda entry: entry[:2])
     best, least = order[:SHOWN], order[SHOWN:][-SHOWN:][::-1]
-    found: list[Part] = ["Best remembered:", *(shown(*entry) for entry in best)]
-    return found + (["Most forgotten:", *(shown(*entry) for entry in least)] if least else [])
+    found: list[Part] = ["Highest scores:", *(shown(*entry) for entry in best)]
+    return found + (["Lowest scores:", *(shown(*entry) for entry in least)] if least else [])
 
 
 def parts(comparison: Comparison) -> list[Part]:
@@ -356,7 +356,7 @@ def forget_retain_figure(dots: list[Dot]) -> Figure:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     figure.suptitle("Forgotten against kept: up and to the right is better")
     axes = figure.subplots()
-    axes.plot(0, 100, marker="D", ms=9, color=COLOUR["retain"], ls="none", zorder=4)
+    axes.plot(0, 100, marker="D", ms=9, color=COLOUR["retain"], ls="none", zorder=1)
     axes.annotate("vanilla", (0, 100), (8, 8), textcoords="offset points")
     ends: dict[int, list[tuple[float, float]]] = {}
     for dot in dots:
@@ -472,12 +472,15 @@ def _rows(runs: list[Run]) -> list[Row]:
         while run.facts.get("seed") in [other.facts.get("seed") for other in joined.get(recipe, [])]:
             recipe += " again"  # one seed twice is not two draws
         joined.setdefault(recipe, []).append(run)
-    vanillas: dict[str, tuple[list[Scores], list[str]]] = {}
+    vanillas: dict[tuple[str, ...], tuple[list[Scores], list[str]]] = {}
     rows = []
     for some in joined.values():
         name, bases = ", ".join(run.name for run in some), [run.models.get(VANILLA) for run in some]
-        if distinct := {base.fingerprint: base for base in bases if base}:
-            vanillas.setdefault(repr([*distinct]), ([*distinct.values()], []))[1].append(name)
+        if known := [base for base in bases if base]:
+            prints = [base.fingerprint for base in known]
+            if len(set(prints)) == 1:  # one model, not a draw for each seed
+                known, prints = known[:1], prints[:1]
+            vanillas.setdefault(tuple(prints), (known, []))[1].append(name)
         edited = [model for model in some[0].models if model != VANILLA]
         for model in edited:
             every = [run.models[model] for run in some]
@@ -487,10 +490,9 @@ def _rows(runs: list[Run]) -> list[Row]:
             ]
             rows.append(Row(name if len(edited) == 1 else f"{name}: {line(model)}", every, bases, said))
     before = []
-    for distinct_scores, names in vanillas.values():
+    for known, names in vanillas.values():
         name = VANILLA if len(vanillas) == 1 else f"{VANILLA} of {'; '.join(names)}"
-        said = [flags(scores, scores, places) for scores in distinct_scores]
-        before.append(Row(name, distinct_scores, distinct_scores, said, is_vanilla=True))
+        before.append(Row(name, known, known, [flags(scores, scores, places) for scores in known], is_vanilla=True))
     return before + rows
 
 

@@ -138,6 +138,10 @@ def test_every_run_is_measured_against_its_own_vanilla(tmp_path):
     compared = compare([tmp_path / "a", tmp_path / "b"])
     assert [row.name for row in compared.rows] == ["vanilla of a", "vanilla of b", "a", "b"]
     assert [row_of(overview(compared), name)[1] for name in "ab"] == ["50.0", "20.0"]
+    write_run(tmp_path / "c", means((0.4, 0.4)), means((0.5, 0.5)), seed=1)
+    joined = compare([tmp_path / "a", tmp_path / "c"])
+    assert row_of(metric_grid(joined, "cloze", "accuracy"), "vanilla")[:2] == ["vanilla\n2 seeds", "0.650 ± 0.212"]
+    assert row_of(overview(joined), "a, c")[1] == "35.0 ± 21.2"
 
 
 @pytest.mark.parametrize(
@@ -223,6 +227,9 @@ def test_names_are_told_apart_by_their_folders(tmp_path):
         write_run(tmp_path / parent / "out", means(), means(), config={"parent": parent})
     compared = compare([tmp_path / "x" / "out", tmp_path / "y" / "out"])
     assert [run.name for run in compared.runs] == [str(tmp_path / parent / "out") for parent in ("x", "y")]
+    write_eval(tmp_path / "vanilla", means(), dict.fromkeys(("forget_5", "retain_95", "celebrities"), 1))
+    names = [row.name for row in compare([tmp_path / "x" / "out", tmp_path / "vanilla"]).rows]
+    assert names == ["vanilla", "out", str(tmp_path / "vanilla")]
 
 
 def test_folders_that_cannot_be_compared_are_named(tmp_path):
@@ -280,13 +287,13 @@ def hostile_run(folder):
     return folder
 
 
-def test_best_and_least_remembered_answers(tmp_path):
+def test_answers_with_the_highest_and_lowest_scores(tmp_path):
     (run,) = compare([hostile_run(tmp_path / "a")]).runs
     said = [part if isinstance(part, str) else part.text for part in comparison.answers(run, "unlearned")]
     assert [text.split(" ")[0] for text in said if text.startswith("forget_5")] == [
         f"forget_5/q{i}" for i in (7, 6, 5, 0, 1, 2)
     ]
-    assert said[0] == "Best remembered:" and said[4] == "Most forgotten:"
+    assert said[0] == "Highest scores:" and said[4] == "Lowest scores:"
     assert said[5].splitlines() == [
         "forget_5/q0 (text), generation rouge_l 0.000",
         "asked:   Who?",
