@@ -274,8 +274,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def answers(run: Run, model: str) -> list[Part]:
-    """A model's answers of the forget set with the highest and with the lowest scores, beside the target and the vanilla
-    model's: of the first task of HEADLINE that the folder has texts for. Empty where it has none.
+    """A model's answers of the forget set with the highest and the lowest scores, beside target and vanilla answer:
+    of the first task of HEADLINE that the folder has texts for. Empty where it has none.
 
     Raises ArtefactError for a damaged folder."""
     scores, vanilla = run.models[model], _texts(run, VANILLA)
