@@ -17,7 +17,7 @@ from mipfast.errors import DivergedError, InputError
 from mipfast.modes import unwrapped
 from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows, without_labels
 from mipfast.prefix import Prefix, Recording, UnsupportedAttention, recording
-from mipfast.sites import Sites, Stack
+from mipfast.sites import Sites, Stack, find_decoder
 
 log = logging.getLogger("mipfast")
 
@@ -75,7 +75,7 @@ def capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Pos
 def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:
     labels, vision = find_labels(batch), stack is not sites.text
     _check_pictures(model.config, batch)
-    decoder = unwrapped(model).get_decoder()
+    decoder = find_decoder(model)
     entry = base_model(model) if vision else decoder
     seen: dict[str, Any] = {}
     activations: list[torch.Tensor] = []

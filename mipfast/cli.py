@@ -90,6 +90,25 @@ def demo(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs or evaluations.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the pictures.")] = Path("report"),
+) -> None:
+    """Compare runs: what each forgot and kept in text and in pictures, and what is wrong with it.
+
+    Runs that differ in the seed alone become one row, mean ± sd. Beside the metrics stand the forgetting rate and the
+    retention relative to the run's own vanilla model. report.html is one file with everything in it.
+    """
+    from mipfast import comparison, page
+
+    compared = comparison.compare(folders)
+    found = comparison.parts(compared)
+    written = page.write(out, compared.title, found)
+    console.print(page.terminal(found))
+    console.print(f"Everything, in one file: [bold]{escape(str(written))}[/bold]")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, the GPU, and every kernel backend with the reason where one is off."""
     import torch

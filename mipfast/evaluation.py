@@ -200,7 +200,7 @@ class _Runner:
 
     def probe(self, record: Record) -> float | None:
         """The record's NLL, alone in its batch, to two digits: enough to see an edit, too few to see rounding."""
-        value = _finite(self._each([record], self._nll)[0])
+        value = _finite(self._each([record], self._nll)[0][0])
         return value if value is None else round(value, 2)
 
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -210,26 +210,24 @@ class _Runner:
             texts = self._each(records, self._write)
         rows = []
         for record, some, text in zip(records, answers, texts, strict=True):
-            found = [_finite(next(nlls)) for _ in some]
-            choice = record.task == "choice"
-            others = [] if choice else found[1:]
+            (nll, *options), *others = [[_finite(value) for value in next(nlls)] for _ in some]
             paraphrases = len(others) - len(record.perturbed) if others else 0
             rows.append(
                 {name: getattr(record, name) for name in ("id", "group", "modality", "task")}
                 | {name: getattr(record, name) for name in ("prompt", "target", "answer")}
                 | {
                     "text": text,
-                    "nll": found[LETTERS.index(record.target)] if choice else found[0],
-                    "nll_options": found if choice else [],
-                    "nll_paraphrase": others[:paraphrases],
-                    "nll_perturbed": others[paraphrases:],
+                    "nll": nll,
+                    "nll_options": options,
+                    "nll_paraphrase": [value for (value,) in others[:paraphrases]],
+                    "nll_perturbed": [value for (value,) in others[paraphrases:]],
                 }
             )
         return rows
 
     def _each(self, records: Sequence[Record], ask: Callable[[list[Record]], list[T]]) -> list[T]:
-        """ask's answers in the records' order. A batch has records of one kind and of similar length, longest first; it
-        is halved where memory runs out, for good."""
+        """ask's answers in the records' order. A batch has records of one kind (a picture's tokens do not show in the
+        prompt's length) and of similar length, longest first; it is halved where memory runs out, for good."""
 
         def kind(i: int) -> tuple[bool, bool]:
             return records[i].image is None, records[i].task == "choice"
@@ -258,8 +256,9 @@ class _Runner:
                 raise InputError(f"{name} alone does not fit into memory; shorten it, or its picture") from error
             return None
 
-    def _nll(self, records: list[Record]) -> list[float]:
-        """-1/T sum_t log p(target_t): one forward, logits from the first label on."""
+    def _nll(self, records: list[Record]) -> list[list[float]]:
+        """-1/T sum_t log p(target_t), and of a choice -log p of every option's letter: one forward, logits from the
+        first label on."""
         batch = self._inputs(self.encoder.batch(records))
         labels = find_labels(batch)
         length = batch["labels"].shape[1]
@@ -268,9 +267,19 @@ class _Runner:
         logits = self.model(**without_labels(batch), use_cache=False, **only).logits[:, -kept:]
         rows = (labels.index - length + kept).clamp_min(0)  # padding points anywhere
         scored = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device)).float()
+        total = scored.logsumexp(-1)
         target, mask = labels.target.to(logits.device), labels.mask.to(logits.device)
-        losses = nn.functional.cross_entropy(scored.transpose(1, 2), target, reduction="none").where(mask, 0)
-        return (losses.sum(1) / mask.sum(1)).tolist()
+        losses = (total - scored.gather(-1, target[..., None])[..., 0]).where(mask, 0)
+        found = (losses.sum(1) / mask.sum(1))[:, None]
+        if records[0].task == "choice":
+            found = torch.cat([found, total[:, :1] - scored[:, 0, self._letters(records)]], 1)
+        return [row[: 1 + len(record.options)] for row, record in zip(found.tolist(), records, strict=True)]
+
+    def _letters(self, records: list[Record]) -> torch.Tensor:
+        """The first token of each letter that an option has; without a picture, which is slow to encode."""
+        most = max(len(record.options) for record in records)
+        plain = [replace(records[0], letter=letter, image=None, modality="text") for letter in LETTERS[:most]]
+        return find_labels(self.encoder.batch(plain)).target[:, 0]
 
     def _write(self, records: list[Record]) -> list[str]:
         prompts = self._inputs(self.encoder.prompts(records))
@@ -291,8 +300,8 @@ class _Runner:
 
     @contextmanager
     def _greedy(self) -> Iterator[None]:
-        """A generation config of end and padding tokens alone: the model's own may hold a repetition penalty (that of
-        Qwen2.5-VL does) or sampling, which transformers takes over for what a call leaves out."""
+        """A generation config of end and padding tokens alone: the model's own may hold a repetition penalty (those of
+        Qwen2.5 do) or sampling, which transformers takes over for what a call leaves out."""
         from transformers import GenerationConfig
 
         own = self.inner.generation_config
@@ -310,11 +319,11 @@ class _Runner:
 
 
 def _answers(record: Record) -> list[Record]:
-    """The record with each answer whose NLL is asked for: a choice's options; else the answer and, where there are
-    wrong ones, the paraphrase (if any) and those."""
-    if record.task == "choice":
-        return [replace(record, answer=o, letter=letter) for o, letter in zip(record.options, LETTERS, strict=False)]
-    others = [*filter(None, [record.paraphrase]), *record.perturbed] if record.perturbed else []
+    """The record with each answer whose NLL is asked for: its own and, unless it is a choice, its wrong ones and with
+    them its paraphrase, if any."""
+    if record.task == "choice" or not record.perturbed:
+        return [record]
+    others = [*filter(None, [record.paraphrase]), *record.perturbed]
     return [record, *(replace(record, answer=answer) for answer in others)]
 
 

@@ -64,7 +64,7 @@ def normalised_probability(true: float, wrong: Sequence[float]) -> float:
 
 
 def truth_ratio(true: float, wrong: Sequence[float]) -> float:
-    """r = p_wrong / p_true, from NLLs, p_wrong the arithmetic mean over the wrong answers (TOFU, equation 1).
+    """r = p_wrong / p_true, from NLLs, p_wrong the arithmetic mean over the wrong answers (TOFU).
 
     true: of the paraphrased answer where there is one. Raises InputError without wrong answers."""
     if not len(wrong):

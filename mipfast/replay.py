@@ -38,6 +38,7 @@ BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves
 # Arguments of decoders with a token dimension, and which it is.
 TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
 PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
+STATES = ("hidden_states", "hidden_state")  # what blocks call their input
 
 _seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # towers whose suffix gave the clean logits
 
@@ -102,7 +103,7 @@ class Replay:
             return (outputs[-1], *output[1:]) if isinstance(output, tuple) else outputs[-1]
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden, *rest = args or (kwargs.pop("hidden_states"),)
+            (hidden, *rest), kwargs = _state_first(args, kwargs)
             entered.append(hidden.view_as(hidden))  # a node of its own: its gradient is the next block's alone
             return (entered[-1], *rest), kwargs
 
@@ -238,10 +239,7 @@ class Replay:
                 pass
 
     def _keep_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not args:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("hidden_states"),)
-        self._call = (len(self.states), args, kwargs, self.states[-1] if self.states else None)
+        self._call = (len(self.states), *_state_first(args, kwargs), self.states[-1] if self.states else None)
 
     @contextmanager
     def _last_ffn_at_labels(self) -> Iterator[None]:
@@ -265,6 +263,8 @@ class Replay:
             yield
 
     def _output(self, state: torch.Tensor) -> Any:
+        if any(name in self._kwargs for name in PICTURES):
+            state = state.clone()  # transformers 4 adds these to it in place
         return state if self.capture.tail is None else (state, *self.capture.tail)
 
     @contextmanager
@@ -277,6 +277,14 @@ class Replay:
 
         with removing(self.capture.stack.outputs[layer].register_forward_pre_hook(overwrite)):
             yield
+
+
+def _state_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A block's arguments with the state, which some families name, in front."""
+    if args:
+        return args, kwargs
+    name = next(name for name in STATES if name in kwargs)
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 class _OneProduct(TorchFunctionMode):

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ParamSpec
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,7 @@ AIM = {"forget": "lower is better", "retain": "higher is better", "general": "hi
 # From Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOUR = {"text": "#0072B2", "image": "#E69F00", "forget": "#D55E00", "retain": "#404040"}
 PALE = "#CCCCCC"
+P = ParamSpec("P")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -46,6 +48,7 @@ STYLE = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # a dollar in a run's name is no formula
 }
 
 
@@ -101,32 +104,40 @@ def write_report(results: dict[str, Any], folder: str | Path) -> Path:
     folder = Path(folder)
     write_json(folder / "report.json", results)
     for picture in _drawable(results):
-        figure = PICTURES[picture][1](results)
-        # 200 dpi of 9 inches: twice the 900 pixels a page usually gives it
-        write_atomic(folder / picture, functools.partial(figure.savefig, dpi=200))
+        write_figure(folder / picture, PICTURES[picture][1](results))
     page = folder / "report.md"
     write_atomic(page, lambda path: path.write_text(markdown(results), encoding="utf-8"))
     return page
 
 
-def _drawing(draw: Callable[[dict[str, Any]], Figure]) -> Callable[[dict[str, Any]], Figure]:
+def write_figure(path: Path, figure: Figure) -> None:
+    # 200 dpi of 9 inches: twice the 900 pixels a page usually gives it
+    write_atomic(path, functools.partial(figure.savefig, dpi=200))
+
+
+def drawing(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Run draw in one style, whatever the user's matplotlibrc says, or say how to get matplotlib."""
 
     @functools.wraps(draw)
-    def styled(results: dict[str, Any]) -> Figure:
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
         try:
             import matplotlib.style
         except ImportError as error:
             raise MipfastError("pictures need matplotlib, not found: pip install 'mipfast[eval]'") from error
         with matplotlib.style.context(["default", STYLE]):
-            return draw(results)
+            return draw(*args, **kwargs)
 
     return styled
 
 
-@_drawing
 def accuracy_figure(results: dict[str, Any]) -> Figure:
-    """Bars by method and modality, one panel per group, percent; whiskers are the sample sd over seeds."""
+    """The test accuracy of every row as `bars_figure`."""
+    return bars_figure(f"Test accuracy after each edit, percent ({_seeds(results)})", results)
+
+
+@drawing
+def bars_figure(title: str, results: dict[str, Any], groups: Sequence[str] = GROUPS) -> Figure:
+    """Bars by row and modality, one panel per group, percent; whiskers are the sample sd over seeds."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -143,9 +154,9 @@ def accuracy_figure(results: dict[str, Any]) -> Figure:
             bars.append((y, row))
         y += 1.2
     figure = Figure(figsize=(9, 1.2 + 0.36 * y), layout="constrained")
-    figure.suptitle(f"Test accuracy after each edit, percent ({_seeds(results)})")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, group in zip(panels, GROUPS, strict=True):
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
         axes.set_title(f"{group}: {AIM[group]}")
         for y, row in bars:
             for modality, shift in (("text", -0.19), ("image", 0.19)):
@@ -164,7 +175,7 @@ def accuracy_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@_drawing
+@drawing
 def path_figure(results: dict[str, Any]) -> Figure:
     """Every selected neuron as a tick, layers upwards, panels by stack; MIP beside the random path.
 
@@ -192,7 +203,7 @@ def path_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@_drawing
+@drawing
 def residual_figure(results: dict[str, Any]) -> Figure:
     """How far the edit moved hidden states: relative norms per layer, residuals at the steering layer.
 
@@ -264,14 +275,20 @@ def _values(row: dict[str, Any], group: str, modality: str) -> list[float]:
 
 def _cells(row: dict[str, Any], seeds: int) -> list[str]:
     neurons = "–" if row["neurons"] is None else f"{row['neurons']:,}"
-    return [row["name"], neurons, *(_accuracy(_values(row, *column), seeds) for column in COLUMNS)]
+    return [row["name"], neurons, *(spread(_values(row, *column), seeds) for column in COLUMNS)]
 
 
-def _accuracy(values: list[float], seeds: int) -> str:
+def spread(values: list[float], seeds: int, digits: int = 1) -> str:
+    """Mean ± sample sd, and n where not every seed has a value; a dash without values."""
     if not values:
         return "–"
-    text = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    text = f"{fmean(values):.{digits}f}" + (f" ± {sample_sd(values):.{digits}f}" if len(values) > 1 else "")
     return text if len(values) == seeds else f"{text} (n={len(values)})"
+
+
+def sample_sd(values: list[float]) -> float:
+    """0 for a single value; nan for nan, where statistics.stdev fails."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _seeds(results: dict[str, Any]) -> str:
@@ -284,9 +301,10 @@ def _caption(results: dict[str, Any]) -> str:
 
 
 def _bar(axes: Axes, y: float, values: list[float], colour: str) -> None:
-    if not values:
-        axes.text(2, y, "not measured", va="center", fontsize=7.5, color="#707070")
+    if not values or not np.isfinite(values).all():
+        why = "not finite" if values else "not measured"
+        axes.text(2, y, why, va="center", fontsize=7.5, color="#595959")
         return
-    mean, sd = fmean(values), stdev(values) if len(values) > 1 else 0.0
+    mean, sd = fmean(values), sample_sd(values)
     axes.barh(y, mean, height=0.36, color=colour, xerr=sd or None, error_kw={"elinewidth": 0.9})
     axes.text(mean + sd + 2, y, f"{mean:.1f}", va="center", fontsize=7.5)

@@ -313,6 +313,9 @@ def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
 
 def _loaded(auto: Any, folder: str | Path, **options: Any) -> Any:
     """Raises ModelError in place of transformers' errors for a folder that lacks something."""
+    name = str(folder)
+    if not Path(folder).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no folder {name}; expected a transformers folder or Hub id")
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:

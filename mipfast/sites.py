@@ -100,7 +100,7 @@ def find_sites(model: nn.Module) -> Sites:
 
     Raises ModelError where there is none, or a mixture of experts."""
     model = unwrapped(model)
-    decoder = _decoder(model)
+    decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names.get(id(decoder), "")
     text: list[Stack] = []
@@ -117,10 +117,15 @@ def find_sites(model: nn.Module) -> Sites:
     return Sites(text[0], vision)
 
 
-def _decoder(model: Any) -> nn.Module:
+def find_decoder(model: Any) -> Any:
+    """The language model's base: embeddings, blocks and last norm. Raises ModelError where there is none."""
+    model = unwrapped(model)
     if not hasattr(model, "get_decoder"):
         raise ModelError(f"{type(model).__name__} has no get_decoder(); expected a transformers causal language model")
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    if decoder is model:  # GPT-2 in transformers 4
+        decoder = model.base_model
+    return getattr(decoder, "text_model", decoder)  # Idefics3 in transformers 4
 
 
 def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:

@@ -122,9 +122,9 @@ def _lora(model, *targets, **settings):
 
 
 def _qwen_vl(kind, vision, **text):
-    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
+    rope = dict(rope_theta=1e4, rope_scaling=dict(rope_type="default", mrope_section=[2, 1, 1]))
     config = getattr(hf, kind + "Config")(
-        text_config=dict(LM, rope_parameters=rope, **text),
+        text_config=dict(LM, **rope, **text),
         vision_config=dict(patch_size=PATCH, spatial_merge_size=2, depth=3, num_heads=2, **vision),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -246,7 +246,7 @@ def _mllama():
     """Text block 1 attends to the pictures. Vision block 0 is read directly; the tower ends in a second, global one."""
     return hf.MllamaForConditionalGeneration(
         hf.MllamaConfig(
-            text_config=dict(LM, cross_attention_layers=[1], rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+            text_config=dict(LM, cross_attention_layers=[1], rope_theta=1e4, rope_scaling=dict(rope_type="default")),
             vision_config=dict(
                 hidden_size=32,
                 intermediate_size=40,

@@ -20,7 +20,7 @@ FORBIDDEN = {
     "ops": ENGINE | LOCATING,
     **{name: LOCATING for name in ENGINE},
     **{name: {"attribution", "path", "replay", "unlearning"} for name in ("pruning", "misdirection")},
-    **{name: ENGINE | LOCATING for name in ("evaluation", "data")},
+    **{name: ENGINE | LOCATING for name in ("evaluation", "data", "metrics", "report", "page", "comparison")},
 }
 # these stand above locating, each on those before it
 for name in ENGINE | LOCATING | {"data", "evaluation"}:

@@ -245,3 +245,9 @@ def test_what_cannot_be_encoded(folders):
     reworded = samples.Encoder(llava.tokenizer, llava.image_processor, llava.config, Rewording())
     with pytest.raises(InputError, match="Rewording changes more of the prompt than its image placeholder"):
         ask("What", portrait((9, 9)), reworded)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "no/such/folder"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(mipfast.ModelError, match="there is no folder"):
+        samples.Encoder.from_pretrained(name)

@@ -155,24 +155,6 @@ def test_the_memory_budget_does_not_change_the_result(budget):
     assert torch.equal(found.path, whole.path)
 
 
-def test_out_of_memory_halves_the_steps_and_goes_on(monkeypatch, caplog):
-    from mipfast import attribution
-
-    model = tiny_llama()
-    batch = text_batch(model, [9, 8], [1, 2])
-    whole = locate(model, batch, n_steps=5)
-    real = attribution._search
-
-    def small(captured, config, nodes, weights, steps, measure):
-        if steps > 2:
-            raise torch.OutOfMemoryError("too large")
-        return real(captured, config, nodes, weights, steps, measure)
-
-    monkeypatch.setattr(attribution, "_search", small)
-    torch.testing.assert_close(locate(model, batch, n_steps=5).scores, whole.scores, rtol=1e-5, atol=1e-6)
-    assert "2 of 5 steps" in caplog.text
-
-
 def test_a_failing_unlearn_leaves_the_model_unpruned(monkeypatch):
     model = tiny_llama()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -200,18 +182,6 @@ def test_residuals_are_measured_on_the_first_batch_on_all_or_on_none():
     for which in ("first", "none"):
         assert torch.equal(found[which].path, found["all"].path)
         torch.testing.assert_close(found[which].scores, found["all"].scores, rtol=1e-5, atol=1e-6)
-
-
-def test_a_batch_of_which_not_one_step_fits_says_so(monkeypatch):
-    from mipfast import attribution
-
-    def never(*_):
-        raise torch.OutOfMemoryError("too large")
-
-    model = tiny_llama()
-    monkeypatch.setattr(attribution, "_search", never)
-    with pytest.raises(InputError, match="2 samples.*smaller batches"):
-        locate(model, text_batch(model, [9, 8], [1, 2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
