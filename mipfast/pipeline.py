@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,11 +21,11 @@ import torch
 from mipfast import streaming
 from mipfast.attribution import LocateConfig
 from mipfast.data import Record, load_groups
-from mipfast.errors import InputError
+from mipfast.errors import InputError, MipfastError
 from mipfast.evaluation import Judgement, evaluate_records
 from mipfast.files import claim, machine, versions, write_atomic, write_json
 from mipfast.finetuning import FinetuneConfig, finetune
-from mipfast.misdirection import RMisUConfig
+from mipfast.misdirection import RMisUConfig, check_config
 from mipfast.path import NeuronPath
 from mipfast.samples import Batches, Encoder, load_model, save_model
 from mipfast.sites import Sites, find_sites
@@ -66,6 +67,14 @@ class UnlearnStage(MIPConfig):
 
     data: Data = field(default_factory=Data)
     batch_size: int = 8
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be used."""
+        if missing := [role for role in ("forget", "retain") if not self.data.groups.get(role)]:
+            raise InputError(f"unlearning has no tables to {' and to '.join(missing)}; found {self.data.groups}")
+        for config in filter(None, (self.text, self.vision)):
+            config.resolved()
+        check_config(self.rmisu)
 
 
 @dataclass(frozen=True)
@@ -112,15 +121,18 @@ class Experiment:
             raise InputError(f"{file}: {error}") from error
 
     def check(self) -> None:
-        """Raises InputError for what is missing."""
-        needed: dict[str, Any] = {"model": self.model, "out": self.out, "unlearn.data.source": self.unlearn.data.source}
-        needed |= {f"unlearn.data.groups.{role}": self.unlearn.data.groups.get(role) for role in ("forget", "retain")}
-        needed |= {"eval.data.source": self.eval.data.source, "eval.data.groups": self.eval.data.groups}
-        if self.finetune:
-            data = self.finetune.data
-            needed |= {"finetune.data.source": data.source, "finetune.data.groups": data.groups}
+        """Raises InputError for what is missing or cannot be used, MipfastError without a library: before hours are
+        spent."""
+        needed: dict[str, Any] = {"model": self.model, "out": self.out}
+        for name in ("finetune", "unlearn", "eval"):
+            if stage := getattr(self, name):
+                needed |= {f"{name}.data.source": stage.data.source, f"{name}.data.groups": stage.data.groups}
         if missing := [name for name, value in needed.items() if not value]:
             raise InputError(f"the experiment has no {', '.join(missing)}; expected a file like examples/*.yaml")
+        self.unlearn.check()
+        for module in ("rouge_score", "sacrebleu"):
+            if find_spec(module) is None:
+                raise MipfastError(f"evaluating needs {module}; run: pip install 'mipfast[eval]'")
 
 
 def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
@@ -135,6 +147,8 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     claim(out, {"config": compared}, {"versions": versions()})
     write_atomic(out / "config.yaml", lambda path: path.write_text(_yaml(settings)))
     stages, vanilla, seed = Stages(out), experiment.model, experiment.seed
+    parts = [stage for stage in (experiment.finetune, experiment.unlearn, experiment.eval) if stage]
+    stages.do("data", lambda: [stage.data.load(seed) for stage in parts])  # a damaged table shows now, not in hours
     where: dict[str, Any] = {"device": experiment.device, "dtype": experiment.dtype, "progress": progress}
     if learned := experiment.finetune:
         stages.do("finetune", lambda: finetune(vanilla, learned.data.all(seed), out / "finetune", learned, **where))
@@ -159,6 +173,7 @@ def unlearn(
 ) -> dict[str, Any]:
     """Locate on the stage's records into OUT/locate, choose, prune and misdirect into OUT/unlearn: model, a plain
     transformers folder, path and report.json, which is returned. What is there already is not done again."""
+    stage.check()
     out = Path(out)
     identity = {"config": _settings(stage), "source": str(model), "dtype": dtype, "seed": seed}
     claim(out / "unlearn", identity, {"versions": versions()})

@@ -127,7 +127,7 @@ def test_the_folder_holds_what_is_promised(finished):
     }
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary) == "title config seed versions machine seconds models roles neurons flags".split()
-    assert summary["seconds"].keys() == {"finetune", "locate", "unlearn", "eval/vanilla", "eval/unlearned"}
+    assert summary["seconds"].keys() == {"data", "finetune", "locate", "unlearn", "eval/vanilla", "eval/unlearned"}
     assert summary["roles"] == {"forget": ["forget_5"], "retain": ["retain_95"], "general": ["Retain_Set"]}
     assert summary["flags"] == []
     for name in ("vanilla", "unlearned"):
@@ -159,9 +159,15 @@ def test_run_again_skips_everything_and_its_own_config_is_the_experiment(finishe
     before = (finished / "summary.json").read_bytes()
     monkeypatch.setattr(pipeline, "load_model", None)
     shown = command("run", finished / "config.yaml")
-    assert shown.count("is finished: skipped") == 5
+    assert shown.count("is finished: skipped") == 6
     assert (finished / "summary.json").read_bytes() == before
     assert Experiment.from_yaml(finished / "config.yaml") == Experiment.from_yaml(f"{finished}.yaml")
+
+
+def test_the_report_takes_the_folder(finished, tmp_path):
+    command("report", finished, "--out", tmp_path / "report")
+    shown = (tmp_path / "report" / "report.md").read_text()
+    assert "vanilla" in shown and "unlearned" in shown and "MLLMU-Bench, forget 5 %" in shown
 
 
 def test_another_experiment_is_refused_and_knobs_are_not(finished):
@@ -349,9 +355,26 @@ def test_other_files_that_are_no_experiment(tmp_path):
     with pytest.raises(InputError, match="cannot be read as YAML"):
         Experiment.from_yaml(tmp_path / "missing.yaml")
     (tmp_path / "x.yaml").write_text("model: m\nfinetune: {}\n")
-    missing = "out, unlearn.data.source, unlearn.data.groups.forget, unlearn.data.groups.retain, eval.data.source"
-    with pytest.raises(InputError, match=f"the experiment has no {missing}, .*finetune.data.groups"):
+    with pytest.raises(InputError, match="the experiment has no out, finetune.data.source, .*eval.data.groups"):
         Experiment.from_yaml(tmp_path / "x.yaml").check()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("retain: [retain_95]", "retian: [retain_95]", "no tables to retain; found .*retian"),
+        ("positions: prompt", "score: ifi, combine: product", "combine='product'"),
+        ("alpha: 0.5", "alpha: 5", "alpha=5"),
+        ("Retain_Set]\n    limit", "Retained]\n    limit", "has no table 'Retained'"),
+    ],
+)
+def test_what_would_fail_in_hours_fails_at_once(mllmu, demo, tmp_path, monkeypatch, old, new, found):
+    text = EXAMPLE.read_text().replace("data/mllmu", str(mllmu / "mllmu"))
+    assert old in text
+    (tmp_path / "x.yaml").write_text(text.replace("runs/", f"{tmp_path}/").replace(old, new))
+    monkeypatch.setattr(pipeline, "finetune", None)
+    with pytest.raises(InputError, match=found):
+        pipeline.run(Experiment.from_yaml(tmp_path / "x.yaml"))
 
 
 def test_the_example_is_an_experiment(tmp_path):
