@@ -292,7 +292,7 @@ def unlearn(
         batch_size=batch_size,
         vision=LocateConfig("vision") if vision else None,
     )
-    pipeline.unlearn(model, stage, out, seed, device, dtype, sys.stderr.isatty())
+    pipeline.unlearn_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
     console.print(f"done. The model: [bold]{escape(str(out / 'unlearn' / 'model'))}[/bold]")
 
 
@@ -319,7 +319,7 @@ def evaluate(
     _check_dtype(dtype)
     _quiet_transformers()
     stage = pipeline.EvalStage(pipeline.Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
-    judged = pipeline.judge(model, stage, out, seed, device, dtype, sys.stderr.isatty())
+    judged = pipeline.evaluate_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
     _show_metrics({"value": judged.summary})
 
 

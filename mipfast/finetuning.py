@@ -67,7 +67,9 @@ def finetune(
     Raises MipfastError without peft or accelerate, InputError for records or settings that cannot be used,
     ArtefactError where out is another run's, DivergedError for a loss that is not finite."""
     config, out = config or FinetuneConfig(), Path(out)
-    _check(config, records, device)
+    check(config, device)
+    if not records:
+        raise InputError("there are no records to learn; expected at least one")
     encoder = Encoder.from_pretrained(source)
     rows = encoder.encoded(records)
     model: Any = load_model(source, "cpu", dtype)
@@ -114,12 +116,11 @@ def finetune(
     return written
 
 
-def _check(config: FinetuneConfig, records: Sequence[Record], device: str | None) -> None:
+def check(config: FinetuneConfig, device: str | None = None) -> None:
+    """Raises InputError for settings that cannot be used here, MipfastError without peft or accelerate."""
     for module in ("accelerate", *([] if config.full else ["peft"])):
         if find_spec(module) is None:
             raise MipfastError(f"fine-tuning needs {module}; run: pip install 'mipfast[train]'")
-    if not records:
-        raise InputError("there are no records to learn; expected at least one")
     sizes = {name: getattr(config, name) for name in ("rank", "alpha", "epochs", "batch_size", "save_steps")}
     for name, size in (sizes | {"steps": 1 if config.steps is None else config.steps}).items():
         if size < 1:

@@ -18,13 +18,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from mipfast import streaming
+from mipfast import finetuning, streaming
 from mipfast.attribution import LocateConfig
 from mipfast.data import Record, load_groups
 from mipfast.errors import InputError, MipfastError
 from mipfast.evaluation import Judgement, evaluate_records
 from mipfast.files import claim, machine, versions, write_atomic, write_json
-from mipfast.finetuning import FinetuneConfig, finetune
+from mipfast.finetuning import FinetuneConfig
 from mipfast.misdirection import RMisUConfig, check_config
 from mipfast.path import NeuronPath
 from mipfast.samples import Batches, Encoder, load_model, save_model
@@ -98,7 +98,7 @@ class Experiment:
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
-    finetune: FinetuneStage | None = field(default_factory=FinetuneStage)
+    finetune: FinetuneStage | None = None
     unlearn: UnlearnStage = field(default_factory=UnlearnStage)
     eval: EvalStage = field(default_factory=EvalStage)
 
@@ -129,6 +129,8 @@ class Experiment:
                 needed |= {f"{name}.data.source": stage.data.source, f"{name}.data.groups": stage.data.groups}
         if missing := [name for name, value in needed.items() if not value]:
             raise InputError(f"the experiment has no {', '.join(missing)}; expected a file like examples/*.yaml")
+        if self.finetune:
+            finetuning.check(self.finetune, self.device)
         self.unlearn.check()
         for module in ("rouge_score", "sacrebleu"):
             if find_spec(module) is None:
@@ -141,28 +143,32 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     OUT/config.yaml, run.json, stages.json; finetune/model; locate/<set>; unlearn/{model, path, report.json};
     eval/{vanilla, unlearned}. Raises ArtefactError where OUT is another experiment's, and what the stages raise."""
     experiment.check()
-    out, settings = Path(experiment.out), _settings(experiment)
+    out, settings, seed = Path(experiment.out), _settings(experiment), experiment.seed
+    if not (out / "stages.json").exists():  # a damaged table shows now, not in hours, and claims no folder
+        for part in (experiment.finetune, experiment.unlearn, experiment.eval):
+            if part:
+                part.data.load(seed)
     compared = {name: value for name, value in settings.items() if name not in ("title", "out", "device")}
     compared["eval"] = {name: value for name, value in settings["eval"].items() if name != "batch_size"}
     claim(out, {"config": compared}, {"versions": versions()})
     write_atomic(out / "config.yaml", lambda path: path.write_text(_yaml(settings)))
-    stages, vanilla, seed = Stages(out), experiment.model, experiment.seed
-    parts = [stage for stage in (experiment.finetune, experiment.unlearn, experiment.eval) if stage]
-    stages.do("data", lambda: [stage.data.load(seed) for stage in parts])  # a damaged table shows now, not in hours
+    stages, vanilla = Stages(out), experiment.model
     where: dict[str, Any] = {"device": experiment.device, "dtype": experiment.dtype, "progress": progress}
     if learned := experiment.finetune:
-        stages.do("finetune", lambda: finetune(vanilla, learned.data.all(seed), out / "finetune", learned, **where))
+        stages.do(
+            "finetune", lambda: finetuning.finetune(vanilla, learned.data.all(seed), out / "finetune", learned, **where)
+        )
     known = str(out / "finetune" / "model") if learned else vanilla
-    unlearn(known, experiment.unlearn, out, seed, **where)
+    unlearn_folder(known, experiment.unlearn, out, seed, **where)
     stages = Stages(out)
     for name, model in {"vanilla": known, "unlearned": str(out / "unlearn" / "model")}.items():
-        stages.do(f"eval/{name}", partial(judge, model, experiment.eval, out / "eval" / name, seed, **where))
+        stages.do(f"eval/{name}", partial(evaluate_folder, model, experiment.eval, out / "eval" / name, seed, **where))
     summary = _summary(experiment, out, stages)
     write_json(out / "summary.json", summary)
     return summary
 
 
-def unlearn(
+def unlearn_folder(
     model: str,
     stage: UnlearnStage,
     out: str | Path,
@@ -189,7 +195,7 @@ def unlearn(
     return json.loads((out / "unlearn" / "report.json").read_text())
 
 
-def judge(
+def evaluate_folder(
     model: str,
     stage: EvalStage,
     out: str | Path,

@@ -182,3 +182,12 @@ def test_an_end_token_is_labelled_where_a_batch_asks_for_it(qwen, records):
     encoder.tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end token"):
         encoder.batch(records, end=True)
+
+
+def test_a_hub_s_model_is_written_with_its_companions_from_the_cache(qwen, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or str(qwen))
+    samples.save_model(samples.load_model(qwen), "someone/model", tmp_path)
+    assert {"tokenizer*", "*processor_config.json", "chat_template*"} <= set(asked["allow_patterns"])
+    assert not {"*", "*.json"} & set(asked["allow_patterns"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in qwen.iterdir())

@@ -28,6 +28,7 @@ from mipfast import (
     data,
     evaluation,
     find_sites,
+    finetuning,
     locate,
     misdirection,
     pipeline,
@@ -127,7 +128,7 @@ def test_the_folder_holds_what_is_promised(finished):
     }
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary) == "title config seed versions machine seconds models roles neurons flags".split()
-    assert summary["seconds"].keys() == {"data", "finetune", "locate", "unlearn", "eval/vanilla", "eval/unlearned"}
+    assert summary["seconds"].keys() == {"finetune", "locate", "unlearn", "eval/vanilla", "eval/unlearned"}
     assert summary["roles"] == {"forget": ["forget_5"], "retain": ["retain_95"], "general": ["Retain_Set"]}
     assert summary["flags"] == []
     for name in ("vanilla", "unlearned"):
@@ -159,7 +160,7 @@ def test_run_again_skips_everything_and_its_own_config_is_the_experiment(finishe
     before = (finished / "summary.json").read_bytes()
     monkeypatch.setattr(pipeline, "load_model", None)
     shown = command("run", finished / "config.yaml")
-    assert shown.count("is finished: skipped") == 6
+    assert shown.count("is finished: skipped") == 5
     assert (finished / "summary.json").read_bytes() == before
     assert Experiment.from_yaml(finished / "config.yaml") == Experiment.from_yaml(f"{finished}.yaml")
 
@@ -243,7 +244,7 @@ def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
     groups = {"forget": ["forget_5"], "retain": ["retain_95"]}
     where = pipeline.Data(str(mllmu / "mllmu-train"), groups, str(mllmu / "mllmu"), 4)
     stage = UnlearnStage(rmisu=rmisu, data=where, batch_size=4)
-    pipeline.unlearn(str(demo), stage, tmp_path, device="cpu")
+    pipeline.unlearn_folder(str(demo), stage, tmp_path, device="cpu")
     model, encoder = samples.load_model(demo), samples.Encoder.from_pretrained(demo)
     roles = where.load(0)
     sets = {
@@ -277,6 +278,10 @@ def test_every_command_on_a_folder_of_random_weights(mllmu, tmp_path, family):
         more = ["--group", mllmu / "mllmu" / "ft_Data", "--steps", 1, *(["--full"] if mode == "full" else [])]
         command("finetune", "--model", base, *tables, *names, *more, "--out", tmp_path / mode)
     vanilla = tmp_path / "lora" / "model"
+    before, after = weights(base), weights(vanilla)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed and all("language_model" in name and "proj.weight" in name for name in changed)
+    assert not any("vis" in name or "lm_head" in name or "multi_modal" in name for name in changed)
     command(
         "locate",
         "--model",
@@ -365,6 +370,7 @@ def test_other_files_that_are_no_experiment(tmp_path):
         ("retain: [retain_95]", "retian: [retain_95]", "no tables to retain; found .*retian"),
         ("positions: prompt", "score: ifi, combine: product", "combine='product'"),
         ("alpha: 0.5", "alpha: 5", "alpha=5"),
+        ("save_steps: 200", "save_steps: 0", "save_steps=0"),
         ("Retain_Set]\n    limit", "Retained]\n    limit", "has no table 'Retained'"),
     ],
 )
@@ -372,9 +378,10 @@ def test_what_would_fail_in_hours_fails_at_once(mllmu, demo, tmp_path, monkeypat
     text = EXAMPLE.read_text().replace("data/mllmu", str(mllmu / "mllmu"))
     assert old in text
     (tmp_path / "x.yaml").write_text(text.replace("runs/", f"{tmp_path}/").replace(old, new))
-    monkeypatch.setattr(pipeline, "finetune", None)
+    monkeypatch.setattr(finetuning, "finetune", None)
     with pytest.raises(InputError, match=found):
         pipeline.run(Experiment.from_yaml(tmp_path / "x.yaml"))
+    assert not (tmp_path / "mllmu-forget5").exists()  # which a corrected file may still claim
 
 
 def test_the_example_is_an_experiment(tmp_path):
