@@ -241,7 +241,7 @@ cli.app(sys.argv[1:])
 def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
     """The same records through locate, select_path and edit in memory: the same neurons, the same weights."""
     rmisu = RMisUConfig(layer=3, steps=3, lr=1e-2)
-    groups = {"forget": ["forget_5"], "retain": ["retain_95"]}
+    groups = {"forget": ["forget_5"], "retain": ["retain_95"], "general": [f"{mllmu}/mllmu/Retain_Set"]}
     where = pipeline.Data(str(mllmu / "mllmu-train"), groups, str(mllmu / "mllmu"), 4)
     stage = UnlearnStage(rmisu=rmisu, data=where, batch_size=4)
     pipeline.unlearn_folder(str(demo), stage, tmp_path, device="cpu")
@@ -257,14 +257,15 @@ def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
         find_sites(model),
         locate(model, sets["forget-text"], text),
         locate(model, sets["forget-image"], LocateConfig("vision")),
-        [locate(model, sets["retain-text"], text), locate(model, sets["retain-image"], text)],
+        [locate(model, sets[f"{role}-{kind}"], text) for role in ("retain", "general") for kind in ("text", "image")],
         stage,
     )
     written = NeuronPath.from_pretrained(tmp_path / "unlearn" / "path")
     assert {key: set(index.tolist()) for key, index in path.items()} == {
         key: set(index.tolist()) for key, index in written.items()
     }
-    forget, retain = (samples.Batches(encoder, roles[role], 4, "cpu") for role in groups)
+    kept = [*roles["retain"], *roles["general"]]
+    forget, retain = (samples.Batches(encoder, some, 4, "cpu") for some in (roles["forget"], kept))
     unlearning.edit(model, written, list(forget), list(retain), stage)
     assert same(model.state_dict(), weights(tmp_path / "unlearn" / "model"))
 
