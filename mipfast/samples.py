@@ -69,12 +69,12 @@ class Encoder:
         try:
             images = _loaded(AutoImageProcessor, folder)
         except (ModelError, ImportError) as error:  # text alone needs neither
-            log.info("no pictures can be read: %s", error)
+            log.info("no pictures can be read: %s", _first_line(error))
             return cls(tokenizer, None, config)
         try:
             processor = _loaded(AutoProcessor, folder)
         except (ModelError, ImportError) as error:
-            log.info("no processor, so pictures go by the image processor: %s", error)
+            log.info("no processor, so pictures go by the image processor: %s", _first_line(error))
             return cls(tokenizer, images, config)
         if not isinstance(processor, ProcessorMixin):  # of a folder without one's files it is the tokenizer
             return cls(tokenizer, images, config)
@@ -319,7 +319,11 @@ def _loaded(auto: Any, folder: str | Path, **options: Any) -> Any:
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{folder} gives no {auto.__name__} ({first}); expected a transformers folder or Hub id"
+            f"{folder} gives no {auto.__name__} ({_first_line(error)}); expected a transformers folder or Hub id"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """transformers goes on for a paragraph."""
+    return str(error).strip().split("\n")[0]
