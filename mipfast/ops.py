@@ -161,11 +161,11 @@ _riemann_accumulate.register_autograd(_backward, setup_context=_setup_context)
 def project_accumulate(
     grad_out: Tensor, weight: Tensor, weights: Tensor, *, act: Tensor | None = None, groups: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`riemann_accumulate(grad_out @ weight, weights, ...)`. The reference never holds more than one step of that
-    [m, R, F] gradient; the other backends write it in float32 and accumulate it in one pass.
+    """`riemann_accumulate(grad_out @ weight, weights, ...)` without writing that [m, R, F] gradient. The reference
+    holds one step of it at a time, triton none; cpp writes it in float32 and accumulates it in one pass.
 
-    grad_out [m, R, H]; weight [H, F]; weights [m]; act [R, F] or None; groups and result as in
-    `riemann_accumulate`.
+    grad_out [m, R, H], weight [H, F], any strides; weights [m]; act [R, F] or None; groups and result as in
+    `riemann_accumulate`. Not differentiable. The same input gives the same bits on every run.
     """
     op = "project_accumulate"
     _check(op, "grad_out", grad_out, (None, None, None))
@@ -174,12 +174,37 @@ def project_accumulate(
     _check(op, "weights", weights, (steps,), like=grad_out)
     if act is not None:
         _check(op, "act", act, (rows, weight.shape[1]), like=grad_out)
+        act = act.detach()
     _check_groups(op, groups, rows)
-    gradient_dtype = reference.accumulator_dtype(grad_out.dtype)
-    if choose(grad_out.to(gradient_dtype)) == "reference":
+    return _project_accumulate(grad_out.detach(), weight.detach(), weights.detach(), act, groups)
+
+
+@torch.library.custom_op(
+    "mipfast::project_accumulate",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor weight, Tensor weights, Tensor? act, int? groups) -> (Tensor, Tensor)",
+)
+def _project_accumulate(grad_out, weight, weights, act, groups):
+    name = choose(grad_out)
+    if name == "reference" or grad_out.numel() == 0:
         return reference.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
-    grad = grad_out.to(gradient_dtype) @ weight.to(gradient_dtype)
-    return riemann_accumulate(grad, weights, act=None if act is None else act.to(gradient_dtype), groups=groups)
+    if act is not None and act.dtype not in KERNEL_DTYPES:
+        act = act.to(torch.float32)
+    if name == "triton":
+        from mipfast_kernels.project_accumulate import project_accumulate as launch
+
+        if weight.dtype != grad_out.dtype:
+            grad_out, weight = grad_out.to(torch.float32), weight.to(torch.float32)
+        num_groups = grad_out.shape[1] if groups is None else groups
+        return launch(grad_out, weight, weights.to(torch.float32).contiguous(), act, num_groups)
+    return _riemann_accumulate(grad_out.to(torch.float32) @ weight.to(torch.float32), weights, act, groups)
+
+
+@_project_accumulate.register_fake
+def _(grad_out, weight, weights, act, groups):
+    rows = grad_out.shape[1] if groups is None else groups
+    s1 = grad_out.new_empty(rows, weight.shape[1], dtype=reference.accumulator_dtype(grad_out.dtype))
+    return s1, torch.empty_like(s1)
 
 
 def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor | None = None) -> Tensor:
