@@ -56,8 +56,8 @@ def riemann_project(
     """One product by torch, then launch the kernel.
 
     act [R, F] float32, bfloat16 or float16; weight [H, F] of its dtype; alphas [m] float32 contiguous; named [R, k]
-    int64 or None, -1 (or F and above) names no neuron and no row names one twice; any strides. Returns [m, R, H] of act's dtype. Nothing
-    is checked here.
+    int64 or None: no row names one twice, and what is not in [0, F) names none; any strides. Returns [m, R, H] of act's
+    dtype. Nothing is checked here.
     """
     base = act @ weight.t()
     rows, width = base.shape
