@@ -14,7 +14,9 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns that 3.10 flips it
 
@@ -82,18 +84,22 @@ def cases(arch):
                 yield f"{label}, all", lambda a=act: riemann_interpolate(a, steps, None)
                 yield f"{label}, named", lambda a=act, n=named: riemann_interpolate(a, steps, n)
                 yield f"{label}, named", lambda a=act, w=weight, n=named: riemann_project(a, w, steps, n)
-            tiles = TILES[arch][dtype.itemsize]
-            for tile in tiles:
-                rows = tile[0] // STEPS if tile != tiles[-1] else 1024
-                grad, act = tensor(STEPS, rows, HIDDEN, dtype=dtype), tensor(rows, neurons, dtype=dtype)
-                label = f"{name}, F {neurons}, tile {'x'.join(map(str, tile[:3]))}, {tile[3]} warps"
-                yield f"{label}, summed", lambda g=grad, w=weight, a=act: fused(g, w, steps, a, 1)
+            grad, act = tensor(STEPS, 1024, HIDDEN, dtype=dtype), tensor(1024, neurons, dtype=dtype)
+            for tile in TILES[arch][dtype.itemsize]:
+                case = f"{label}, tile {'x'.join(map(str, tile[:3]))}, {tile[3]} warps"
+                product = partial(fused_by, arch, tile, grad, weight, steps, act)
+                yield f"{case}, summed", partial(product, 1)
                 if neurons == NEURONS[0]:
-                    yield f"{label}, rows kept", lambda g=grad, w=weight, a=act, r=rows: fused(g, w, steps, a, r)
+                    yield f"{case}, rows kept", partial(product, 1024)
         hidden, kept = tensor(512, HIDDEN, dtype=dtype), tensor(512, dtype=torch.int8)
         yield f"{name}, all", lambda a=act, w=weight: riemann_project(a, w, steps, None)
         yield f"{name}, masked", lambda h=hidden, k=kept: misdirection_loss(h, h[0], k)
         yield f"{name}, masked", lambda h=hidden, k=kept: misdirection_gradient(h, h[0], k, tensor())
+
+
+def fused_by(arch, tile, *args):
+    with mock.patch.dict(TILES[arch], {args[0].element_size(): [tile]}):
+        fused(*args)
 
 
 launched = []

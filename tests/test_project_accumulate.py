@@ -110,17 +110,19 @@ def test_opcheck(backend, device, groups, monkeypatch):
 
 
 TRITON = pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or TRITON_INTERPRET=1")
-SMALL = (16, 32, 16, 1, 1)
+SMALL = (16, 128, 16, 1, 1)  # its neurons are summed 64 at a time
 
 
 @TRITON
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
 @pytest.mark.parametrize(("rows", "groups"), [(5, 5), (50, 2)], ids=["rows-kept", "summed"])
-def test_triton_many_tiles(rows, groups, monkeypatch):
+def test_triton_many_tiles(rows, groups, tma, monkeypatch):
     """Several tiles along every axis: splits, swizzled programs, a ragged end of H."""
     from mipfast_kernels import project_accumulate as kernel
 
     monkeypatch.setattr(kernel, "TILES", {kernel.architecture(): {4: [SMALL]}})
-    grad, weight, weights, act, _ = inputs((3, rows, 40, 70, None), torch.float32)
+    monkeypatch.setattr(kernel, "TMA_ARCHITECTURES", {kernel.architecture()} if tma else set())
+    grad, weight, weights, act, _ = inputs((3, rows, 40, 140, None), torch.float32)
     found = kernel.fused(grad, weight, weights, act, groups)
     assert_sums(found, grad, weight, weights, act, groups)
 
@@ -136,10 +138,21 @@ def test_triton_gram(dtype, groups):
     assert_sums(kernel.gram(grad, weight, weights, groups), grad, weight, weights, None, groups)
 
 
+def test_tiles_are_chosen_by_rows_and_programs():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from mipfast_kernels.project_accumulate import TILES, choose_tile
+
+    few, some, more, most = tiles = TILES["sm_90"][2]
+    for pairs, neurons, tile in [(16, 18944, few), (17, 64, some), (512, 3420, some), (640, 3420, more)]:
+        assert choose_tile(tiles, pairs, neurons) == tile
+    assert choose_tile(tiles, 8192, 3420) == most and choose_tile(tiles, 129, 64) == few
+
+
 @TRITON
 def test_triton_chooses_by_shape(monkeypatch):
     from mipfast_kernels import project_accumulate as kernel
 
+    monkeypatch.setattr(kernel, "FLOAT32_PRODUCTS", True)
     for form in ("gram", "fused"):
         monkeypatch.setattr(kernel, form, lambda *_, form=form: form)
 

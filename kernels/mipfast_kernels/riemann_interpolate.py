@@ -36,7 +36,7 @@ def riemann_interpolate_kernel(
         if HAS_NAMED:
             b_out = tl.where(b_named, b_out, b_a)
         tl.store(p_row, b_out, mask=mask)
-        p_row += rows.to(tl.int64) * neurons
+        p_row += tl.cast(rows, tl.int64) * neurons
 
 
 def riemann_interpolate(act: torch.Tensor, alphas: torch.Tensor, named: torch.Tensor | None) -> torch.Tensor:

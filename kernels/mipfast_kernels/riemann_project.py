@@ -47,7 +47,7 @@ def riemann_project_kernel(
         else:
             b_out = alpha * b_base
         tl.store(p_row, b_out, mask=mask)
-        p_row += rows.to(tl.int64) * width
+        p_row += tl.cast(rows, tl.int64) * width
 
 
 def riemann_project(
