@@ -23,6 +23,22 @@ app = typer.Typer(
 )
 console = Console()
 
+# what several commands share
+Model = Annotated[str, typer.Option(help="Model folder or Hub id; its code is never run.")]
+Source = Annotated[str, typer.Option("--data", help="Benchmark: a folder of TABLE/*.parquet, or its Hub id.")]
+Names = Annotated[
+    str | None,
+    typer.Option(help="MLLMU-Bench source with the people's names: tables of picture questions are asked in text too."),
+]
+Some = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Records of each table and modality, drawn by the seed.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Records per batch.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the folder's), float32, bfloat16 or float16.")]
+TABLES = "A table of --data, or SOURCE/TABLE for one elsewhere; may be given several times."
+
 
 @app.callback()
 def _setup() -> None:
@@ -114,9 +130,10 @@ def doctor() -> None:
 
 @app.command()
 def locate(
-    model: Annotated[str, typer.Option(help="Model folder or Hub id; its code is never run.")],
-    data: Annotated[Path, typer.Option(help="JSONL file of samples, as above.")],
+    model: Model,
+    data: Annotated[str, typer.Option(help="JSONL file of samples, as above; with --group a benchmark.")],
     out: Annotated[Path, typer.Option(help="Folder for the scores; one that holds an unfinished run goes on.")],
+    group: Annotated[list[str] | None, typer.Option(help=TABLES)] = None,
     modality: Annotated[str, typer.Option(help="Tower to score: text or vision.")] = "text",
     objective: Annotated[str, typer.Option(help="logprob, prob, log_odds or loss.")] = "logprob",
     positions: Annotated[
@@ -128,9 +145,9 @@ def locate(
     aggregate: Annotated[
         bool, typer.Option("--aggregate", help="Keep only running sums: one small file, however many samples.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the file's first samples.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the folder's), float32, bfloat16 or float16.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file, show tokens, hours and memory, and stop.")
     ] = False,
@@ -138,17 +155,19 @@ def locate(
     """Score a model's neurons on every sample of a file.
 
     The file holds one JSON object a line: {"prompt": text, "answer": text} and optionally "image": a path relative to
-    the file. Scored is the answer, after the prompt in the tokenizer's chat template where it has one. Killed at any
-    moment, the same command goes on to the same result. mipfast.streaming.read(OUT) gives the Attribution.
+    the file. With --group, --data is a benchmark's folder or Hub id: scored are its tables' questions with pictures for
+    --modality vision, those without for text. Scored is the answer, after the prompt in the tokenizer's chat template
+    where it has one. Killed at any moment, the same command goes on to the same result. mipfast.streaming.read(OUT)
+    gives the Attribution.
     """
     import torch
     from transformers import AutoConfig
 
     from mipfast import LocateConfig, samples, streaming
     from mipfast.cost import Device, Shape
+    from mipfast.data import load_groups
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype}: expected auto, float32, bfloat16 or float16", param_hint="--dtype")
+    _check_dtype(dtype)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = LocateConfig(
         modality=modality,  # type: ignore[arg-type]  # resolved() checks both
@@ -160,15 +179,188 @@ def locate(
     ).resolved()
     _quiet_transformers()
     encoder = samples.Encoder.from_pretrained(model)
+    scored: streaming.Data = data
+    if group:
+        scored = [r for r in load_groups(data, group) if (r.image is not None) == (modality == "vision")]
     if dry_run:
-        surveyed = streaming.survey(encoder, data, config, batch_size, limit)
+        surveyed = streaming.survey(encoder, scored, config, batch_size, limit)
         shape = Shape.of(AutoConfig.from_pretrained(model))
         here = Device.measured(where, torch.float32 if where == "cpu" else torch.bfloat16)
         _show_forecast(surveyed, streaming.forecast(shape, surveyed, config, [here]))
         return
     loaded = samples.load_model(model, where, dtype)
-    streaming.locate_file(loaded, encoder, data, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit)
+    streaming.locate_file(loaded, encoder, scored, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit)
     console.print(f"done. In Python: mipfast.streaming.read({escape(repr(str(out)))})")
+
+
+@app.command()
+def finetune(
+    model: Model,
+    data: Source,
+    group: Annotated[list[str], typer.Option(help=TABLES)],
+    out: Annotated[Path, typer.Option(help="Folder for OUT/model; one that holds an unfinished run goes on.")],
+    names: Names = None,
+    limit: Some = None,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA.")] = False,
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 16,
+    alpha: Annotated[int, typer.Option(help="Of LoRA: its scale is alpha / rank.")] = 16,
+    dropout: Annotated[float, typer.Option(help="Of LoRA.")] = 0.05,
+    lr: Annotated[float, typer.Option(help="Learning rate, falling linearly to 0.")] = 2e-5,
+    epochs: Annotated[int, typer.Option(help="Passes over the records.")] = 5,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    batch_size: BatchSize = 4,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, one more forward pass.")
+    ] = False,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Teach a model the answers of a benchmark's tables: the vanilla model.
+
+    LoRA on every linear layer of the language model, merged at the end: OUT/model is a plain transformers folder.
+    Killed at any moment, the same command goes on to the same weights.
+    """
+    from mipfast import finetuning
+    from mipfast.data import load_groups
+
+    _check_dtype(dtype)
+    _quiet_transformers()
+    config = finetuning.FinetuneConfig(
+        full=full,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        lr=lr,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    records = load_groups(data, group, names=names, limit=limit, seed=seed)
+    written = finetuning.finetune(model, records, out, config, device, dtype, sys.stderr.isatty())
+    console.print(f"done. The model: [bold]{escape(str(written))}[/bold]")
+
+
+@app.command()
+def unlearn(
+    model: Model,
+    data: Source,
+    forget: Annotated[list[str], typer.Option(help=TABLES)],
+    retain: Annotated[list[str], typer.Option(help="The same, of what is to be kept.")],
+    out: Annotated[Path, typer.Option(help="Folder for everything; one that holds an unfinished run goes on.")],
+    general: Annotated[list[str] | None, typer.Option(help="The same, of general knowledge.")] = None,
+    names: Names = None,
+    limit: Some = None,
+    fraction: Annotated[float, typer.Option(help="Share of each layer's neurons that is edited.")] = 0.1,
+    aggregate: Annotated[str, typer.Option(help="How text neurons are chosen: snr, contrast, mean or union.")] = "snr",
+    vision: Annotated[bool, typer.Option(help="Edit the vision tower too.")] = True,
+    layer: Annotated[int | None, typer.Option(help="Steered text block; three fifths of the depth.")] = None,
+    steering: Annotated[float, typer.Option(help="Target's length, in mean retain norms.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Weight of the retain loss, 0 to 1.")] = 0.5,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the forget batches.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of RMisU.")] = 3e-3,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Make a model forget one table of a benchmark and keep others: locate, prune, misdirect.
+
+    Text questions of --forget choose text neurons (IGI), its pictures vision neurons (IFI); --retain and --general say
+    what must not break. Give --limit where tables are long: locating takes a forward and backward pass per layer for
+    every record. OUT/unlearn/model is a plain transformers folder, OUT/unlearn/path the neurons,
+    OUT/locate their scores. Killed at any moment, the same command goes on.
+    """
+    from mipfast import LocateConfig, RMisUConfig, pipeline
+
+    _check_dtype(dtype)
+    _quiet_transformers()
+    groups = {"forget": forget, "retain": retain} | ({"general": general} if general else {})
+    edit = RMisUConfig(layer, steering, alpha, steps=steps, epochs=epochs, lr=lr, seed=seed)
+    stage = pipeline.UnlearnStage(
+        fraction=fraction,
+        aggregate=aggregate,  # type: ignore[arg-type]  # select checks it
+        rmisu=edit,
+        data=pipeline.Data(data, groups, names, limit),
+        batch_size=batch_size,
+        vision=LocateConfig("vision") if vision else None,
+    )
+    pipeline.unlearn_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
+    console.print(f"done. The model: [bold]{escape(str(out / 'unlearn' / 'model'))}[/bold]")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Source,
+    group: Annotated[list[str], typer.Option("--group", "--groups", help=TABLES)],
+    out: Annotated[Path, typer.Option(help="Folder for the answers; one that holds an unfinished run goes on.")],
+    limit: Some = None,
+    batch_size: BatchSize = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 50,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Ask a model a benchmark's questions, and score what it writes and how likely it finds the answers.
+
+    OUT/MIPFAST_SUMMARY.json holds every metric by table, modality and task, OUT/MIPFAST_EVAL.json every record's.
+    Killed at any moment, the same command goes on.
+    """
+    from mipfast import pipeline
+
+    _check_dtype(dtype)
+    _quiet_transformers()
+    stage = pipeline.EvalStage(pipeline.Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
+    judged = pipeline.evaluate_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
+    _show_metrics({"value": judged.summary})
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The experiment, as YAML; examples/ has one.")],
+    out: Annotated[str | None, typer.Option(help="Folder for everything, instead of the file's.")] = None,
+    device: Device = None,
+) -> None:
+    """Run a whole experiment: fine-tune, locate, unlearn, evaluate before and after.
+
+    Killed at any moment, the same command goes on; stages that are finished are skipped. OUT/summary.json holds every
+    metric of both models, OUT/finetune/model and OUT/unlearn/model are plain transformers folders.
+    """
+    from dataclasses import replace
+
+    from mipfast import pipeline
+
+    _quiet_transformers()
+    experiment = pipeline.Experiment.from_yaml(config)
+    experiment = replace(experiment, out=out or experiment.out, device=device or experiment.device)
+    summary = pipeline.run(experiment, sys.stderr.isatty())
+    _show_metrics(summary["models"])
+    for flag in summary["flags"]:
+        console.print(f"- {escape(flag)}")
+    console.print(f"Everything is in [bold]{escape(experiment.out)}[/bold]")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype}: expected auto, float32, bfloat16 or float16", param_hint="--dtype")
+
+
+def _show_metrics(models: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Column, Table
+
+    table = Table(Column("metric", no_wrap=True), *models)
+    for metric in next(iter(models.values())):
+        values = [values[metric] for values in models.values()]
+        table.add_row(metric, *("–" if value is None else f"{value:.3f}" for value in values))
+    console.print(table)
 
 
 def _positions(given: str | None) -> str | list[int] | None:

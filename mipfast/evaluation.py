@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast import metrics
-from mipfast.data.records import LETTERS, Record
+from mipfast.data.records import LETTERS, Record, digest
 from mipfast.errors import ArtefactError, InputError, ModelError
 from mipfast.files import claim, read_run, versions, write_atomic, write_json
 from mipfast.modes import held, unwrapped
@@ -152,7 +152,7 @@ def evaluate_records(
                 "config": facts["config"],
                 "dtype": str(model.dtype),
                 "encoder": encoder.fingerprint(),
-                "data": _digest(records),
+                "data": digest(records),
                 "model": _weights(model),
                 "probe": runner.probe(records[0]),
             }
@@ -397,20 +397,6 @@ def _problem(record: Record) -> str | None:
     if (record.modality == "image") != (record.image is not None):
         return f"its modality is {record.modality} and its image {record.image}; expected an image with image alone"
     return None
-
-
-def _digest(records: Sequence[Record]) -> str:
-    """A hash of all a record's texts and of its picture: the encoded bytes, or the pixels of one already decoded."""
-    digest = hashlib.blake2b(digest_size=16)
-    pictures: dict[int, bytes] = {}  # a person's questions share one
-    for record in records:
-        if (image := record.image) is not None and id(image) not in pictures:
-            source = getattr(image, "source", image)
-            if not isinstance(source, bytes):
-                source = source.tobytes() if hasattr(source, "tobytes") else Path(source).read_bytes()
-            pictures[id(image)] = hashlib.blake2b(source, digest_size=16).digest()
-        digest.update(repr(replace(record, image=pictures.get(id(image)))).encode())
-    return digest.hexdigest()
 
 
 def _weights(model: nn.Module) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,14 +20,22 @@ RUN = "run.json"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let write fill a temporary neighbour of path, then rename it into place."""
+    """Let write fill a temporary neighbour of path, a file or a folder, then rename it into place. A folder must not be
+    there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,7 +94,7 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
                 "give another folder, or what the first run was given"
             )
     for left_over in folder.glob(".[0-9]*.*"):  # a killed process could not remove what it was writing
-        left_over.unlink(missing_ok=True)
+        _remove(left_over)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -101,3 +111,9 @@ def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0], "mipfast": __version__, "torch": torch.__version__}
     loaded = {name: sys.modules.get(name) for name in ("transformers", "triton", "numpy")}
     return found | {name: module.__version__ for name, module in loaded.items() if module}
+
+
+def machine() -> dict[str, Any]:
+    """What the seconds depend on."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **gpu}

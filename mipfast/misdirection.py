@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -57,17 +57,18 @@ def misdirect(
 ) -> dict[str, Any]:
     """Train the path's neurons in place until the forget set's hidden states point somewhere meaningless.
 
-    forget, retain: re-iterables of batches as model(**batch) takes them, with labels. Every step takes one of each. The
-    loss is (1 - alpha) mean||h_f - c·u||²/D + alpha mean||h_r - h0||²/D at the output of block `layer`, where the
-    forward pass stops; h0 is the hidden state of the model before any prune still in force. Returns a report: what
-    trained, what could not, losses per step, the target's length, seconds.
+    forget, retain: batches as model(**batch) takes them, with labels; of a sequence a batch is asked for when its step
+    comes, so that it may be made then. Every step takes one of each. The loss is (1 - alpha) mean||h_f - c·u||²/D +
+    alpha mean||h_r - h0||²/D at the output of block `layer`, where the forward pass stops; h0 is the hidden state of
+    the model before any prune still in force. Returns a report: what trained, what could not, losses per step, the
+    target's length, seconds.
 
     Raises InputError where nothing could train, DivergedError for a loss that is not finite."""
     config = config or RMisUConfig()
     sites = check_neurons(model, path)
     check_config(config)
     layer = steering_layer(config, sites)
-    forget_batches, retain_batches = list(forget), list(retain)
+    forget_batches, retain_batches = (s if isinstance(s, Sequence) else list(s) for s in (forget, retain))
     if not forget_batches or not retain_batches:
         raise InputError(
             f"{len(forget_batches)} forget and {len(retain_batches)} retain batches; expected at least one each"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from mipfast.data.records import Picture, Record
 from mipfast.errors import InputError, ModelError
 
 log = logging.getLogger("mipfast")
+# what a tokenizer, a processor and a chat template are read from
+COMPANIONS = """tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json chat_template*
+*processor_config.json *.model""".split()
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Encoder:
     With a chat template the prompt is the user's turn and the answer begins the assistant's; without one the answer's
     tokens follow the prompt's. Both are tokenised on their own, so that the boundary between them is a boundary between
     tokens: without a template begin an answer with the space that separates it where the tokenizer wants one. Only the
-    answer is labelled, without an end token. A picture stands where the prompt has one placeholder token, else before
-    the prompt.
+    answer is labelled, without an end token unless a batch asks for one. A picture stands where the prompt has one
+    placeholder token, else before the prompt.
 
     tokenizer, image_processor (None: text only) and config are the model folder's. processor: the family's, where it
     can be built; it says how many tokens a picture takes. Without it that is known for Qwen-VL alone, whose processor
@@ -108,24 +112,29 @@ class Encoder:
             raise InputError(f"{len(prompt) + len(answer)} tokens; the model takes {longest}: shorten the sample")
         return Encoded(record.id, prompt, answer, picture, patches)
 
-    def batch(self, records: Sequence[Record | Encoded]) -> dict[str, torch.Tensor]:
+    def batch(self, records: Sequence[Record | Encoded], end: bool = False) -> dict[str, torch.Tensor]:
         """What model(**batch) takes, padded on the right: input_ids, attention_mask and labels [n,S], for a Qwen-VL
         also mm_token_type_ids, and with pictures the image processor's outputs: pixel_values [patches, ...] and
         image_grid_thw [pictures,3] for a Qwen-VL, pixel_values [pictures,3,height,width] for LLaVA. Records with and
-        without a picture may share it."""
-        rows = self._encoded(records)
-        batch = self._inputs(rows, [row.prompt + row.answer for row in rows], "right")
+        without a picture may share it. end: every answer ends with the tokenizer's end token, labelled, as in training;
+        InputError where it has none."""
+        rows = self.encoded(records)
+        if end and self.tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end token, so no model could learn to stop; set its eos_token")
+        answers = [row.answer + [self.tokenizer.eos_token_id] * end for row in rows]
+        batch = self._inputs(rows, [row.prompt + answer for row, answer in zip(rows, answers, strict=True)], "right")
         labels = torch.full_like(batch["input_ids"], -100)
-        for i, row in enumerate(rows):
-            labels[i, len(row.prompt) : row.tokens] = torch.tensor(row.answer)
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            labels[i, len(row.prompt) : len(row.prompt) + len(answer)] = torch.tensor(answer)
         return batch | {"labels": labels}
 
     def prompts(self, records: Sequence[Record | Encoded]) -> dict[str, torch.Tensor]:
         """What model.generate(**prompts) takes: `batch` without answers and labels, padded on the left."""
-        rows = self._encoded(records)
+        rows = self.encoded(records)
         return self._inputs(rows, [row.prompt for row in rows], "left")
 
-    def _encoded(self, records: Sequence[Record | Encoded]) -> list[Encoded]:
+    def encoded(self, records: Sequence[Record | Encoded]) -> list[Encoded]:
+        """Raises InputError with the record's id."""
         return [self._named(record) if isinstance(record, Record) else record for record in records]
 
     def _named(self, record: Record) -> Encoded:
@@ -260,6 +269,22 @@ def in_batches(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
     return [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
 
 
+class Batches(Sequence[dict[str, torch.Tensor]]):
+    """The batches of `in_batches` on a device, each made anew when it is asked for: the pixels of a whole retain set
+    are too many (1000 patches of a Qwen-VL are 4.7 MB, for every question about the picture)."""
+
+    def __init__(self, encoder: Encoder, records: Sequence[Record], batch_size: int, device: Any):
+        self.encoder, self.device, self.rows = encoder, device, encoder.encoded(records)
+        self.order = in_batches(self.rows, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: Any) -> Any:
+        batch = self.encoder.batch([self.rows[i] for i in self.order[number]])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+
 def _picture(image: Any) -> Picture | None:
     return image if image is None or isinstance(image, Picture) else Picture(image)
 
@@ -271,6 +296,19 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: str = "auto") -> 
 
     model = _loaded(auto_class(_loaded(AutoConfig, folder)), folder, dtype=dtype)
     return model.eval().to(device)
+
+
+def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
+    """Write a plain transformers folder: the model's weights and config, and, as they are, the tokenizer's and the
+    processor's files of source, the folder or Hub id the model came from."""
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(str(source), allow_patterns=COMPANIONS)
+    model.save_pretrained(folder)
+    for pattern in COMPANIONS:
+        for file in Path(source).glob(pattern):
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def _loaded(auto: Any, folder: str | Path, **options: Any) -> Any:

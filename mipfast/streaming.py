@@ -1,8 +1,8 @@
-"""Locating over a data file of any length, results on disk chunk by chunk; a run that was stopped at any
-moment goes on to the same result.
+"""Locating over a data file of any length, or over records, results on disk chunk by chunk; a run that was stopped at
+any moment goes on to the same result.
 
-A chunk is CHUNK batches of consecutive lines, sorted by length inside it so that a batch holds little padding. What is
-written is one file renamed into place, so a folder holds whole chunks only.
+A chunk is CHUNK batches of consecutive samples, sorted by length inside it so that a batch holds little padding. What
+is written is one file renamed into place, so a folder holds whole chunks only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from mipfast.attribution import Attribution, LocateConfig, locate
 from mipfast.cost import DEVICES, Device, Shape, estimate
 from mipfast.data.jsonl import EXPECTED, read_lines
-from mipfast.data.records import Record
+from mipfast.data.records import Record, digest
 from mipfast.errors import ArtefactError, InputError, MipfastError
 from mipfast.files import RUN, claim, read_run, write_atomic
 from mipfast.path import per_label
@@ -34,12 +34,13 @@ from mipfast.sites import find_sites
 log = logging.getLogger("mipfast")
 CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
 SHARDS, AGGREGATE = "shard-*.safetensors", "aggregate.safetensors"
+Data = str | Path | Sequence[Record]  # a JSONL file, or records as they are
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a data file holds. samples, chunks, tokens: totals; digest: sha256 of the file; batches: how many of each
-    (samples, tokens before the first answer, tokens after, patches per sample)."""
+    """What the data holds. samples, chunks, tokens: totals; digest: sha256 of the file, or the records' hash; batches:
+    how many of each (samples, tokens before the first answer, tokens after, patches per sample)."""
 
     samples: int
     chunks: int
@@ -50,12 +51,12 @@ class Survey:
 
 def survey(
     encoder: Encoder,
-    data: str | Path,
+    data: Data,
     config: LocateConfig,
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Survey:
-    """Read and tokenise the whole file once, so that a malformed line shows before hours are spent. Of images only the
+    """Read and tokenise all of it once, so that a malformed line shows before hours are spent. Of images only the
     sizes are read. Raises InputError with the line's number."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
@@ -68,9 +69,8 @@ def survey(
             before = min(len(s.prompt) for s in batch)
             shapes[len(batch), before, max(s.tokens for s in batch) - before, max(s.patches for s in batch)] += 1
     if not samples:
-        raise InputError(f"{data} is empty; {EXPECTED}")
-    with Path(data).open("rb") as file:
-        return Survey(samples, chunks, tokens, hashlib.file_digest(file, "sha256").hexdigest(), shapes)
+        raise InputError(f"{data} is empty; {EXPECTED if isinstance(data, str | Path) else 'expected records'}")
+    return Survey(samples, chunks, tokens, _digest(data), shapes)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iter
 def locate_file(
     model: nn.Module,
     encoder: Encoder,
-    data: str | Path,
+    data: Data,
     out: str | Path,
     config: LocateConfig | None = None,
     *,
@@ -115,12 +115,13 @@ def locate_file(
     aggregate: bool = False,
     limit: int | None = None,
 ) -> None:
-    """Locate on every sample of a data file into a folder that `read` reads; what is there already is not done again.
+    """Locate on every sample of a data file, or every record, into a folder that `read` reads; what is there already is
+    not done again.
 
     Writes shard-*.safetensors, one per chunk, or with aggregate one file of running sums, whatever the number of
     samples. One process per folder. config.progress shows a bar. Raises ArtefactError where the folder belongs to
-    another model, file or config, InputError for a malformed file, and what `locate` raises, with the lines it
-    happened on."""
+    another model, file or config, InputError for a malformed file, and what `locate` raises, with the lines or
+    records it happened on."""
     out, config = Path(out), (config or LocateConfig()).resolved()
     surveyed = survey(encoder, data, config, batch_size, limit)
     claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
@@ -234,21 +235,33 @@ class _Sums:
         return Attribution(scores, path.expand(2, -1, -1).contiguous(), self.facts["report"] | facts)
 
 
-def _chunks(data: str | Path, batch_size: int, limit: int | None) -> Iterator[list[Record]]:
-    records = read_lines(data, limit)
+def _digest(data: Data) -> str:
+    if not isinstance(data, str | Path):
+        return digest(data)
+    with Path(data).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _where(data: Data, kind: str = "") -> str:
+    """What messages call a sample, before its id."""
+    return f"{data}, {kind}line" if isinstance(data, str | Path) else f"{kind}record"
+
+
+def _chunks(data: Data, batch_size: int, limit: int | None) -> Iterator[list[Record]]:
+    records = read_lines(data, limit) if isinstance(data, str | Path) else islice(data, limit)
     while chunk := list(islice(records, CHUNK * batch_size)):
         yield chunk
 
 
-def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: str | Path) -> list[Encoded]:
+def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: Data) -> list[Encoded]:
     encoded = []
     for record in chunk:
         try:
             if config.modality == "vision" and record.image is None:
-                raise InputError('modality vision scores pictures; expected an "image" on every line')
+                raise InputError('modality vision scores pictures; expected an "image" with every sample')
             encoded.append(encoder.encode(record))
         except InputError as error:
-            raise InputError(f"{data}, line {record.id}: {error}") from error
+            raise InputError(f"{_where(data)} {record.id}: {error}") from error
     return encoded
 
 
@@ -258,7 +271,7 @@ def _locate_chunk(
     chunk: list[Encoded],
     config: LocateConfig,
     batch_size: int,
-    data: str | Path,
+    data: Data,
     bar: Any,
 ) -> Attribution:
     """Samples in the chunk's order."""
@@ -274,8 +287,7 @@ def _locate_chunk(
     try:
         found = locate(model, inputs(), config)
     except MipfastError as error:
-        where = f"{data}, a batch of lines {', '.join(lines)}"
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{_where(data, 'a batch of ')}s {', '.join(lines)}: {error}") from error
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
     per_sample = {name: [found.report[name][i] for i in order] for name in ("residuals", "num_labels")}
     return Attribution(found.scores[order], found.path[order], found.report | per_sample)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from mipfast.misdirection import RMisUConfig, check_config, misdirect, steering_
 from mipfast.path import Aggregate, NeuronPath
 from mipfast.positions import Batch
 from mipfast.pruning import prune
-from mipfast.sites import find_sites
+from mipfast.sites import Sites, find_sites
 
 
 @dataclass(frozen=True)
@@ -46,43 +46,73 @@ def unlearn(
         raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
     forget, retain = list(forget), list(retain)
     path, located = locate_path(model, forget, retain, config)
+    return {
+        "path": path,
+        "locate": located,
+        "misdirect": edit(model, path, forget, retain, config),
+        "config": asdict(config),
+    }
+
+
+def edit(
+    model: nn.Module, path: NeuronPath, forget: Iterable[Batch], retain: Iterable[Batch], config: MIPConfig
+) -> dict[str, Any]:
+    """Prune the path for good and misdirect what it carried, in place; misdirect's report. A model that could not be
+    misdirected is given back as it was."""
     handle = prune(model, path)
     try:
-        edit = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
+        report = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
     except BaseException:
         handle.undo()
         raise
     handle.commit()
-    return {"path": path, "locate": located, "misdirect": edit, "config": asdict(config)}
+    return report
 
 
 def locate_path(
     model: nn.Module, forget: list[Batch], retain: list[Batch], config: MIPConfig
 ) -> tuple[NeuronPath, dict[str, Any]]:
-    """The path `unlearn` edits, and the reports of the attributions behind it.
-
-    Every retain batch is one group of the damage estimate (see NeuronPath.select). Neurons above the steering layer are
-    left out: they would be pruned and never trained."""
+    """The path `unlearn` edits, and the reports of the attributions behind it. Every retain batch is one group of the
+    damage estimate."""
+    sites = find_sites(model)
     text = [b for b in forget if "pixel_values" not in b]
     images = [b for b in forget if "pixel_values" in b]
-    reports: dict[str, Any] = {}
-    path: NeuronPath | None = None
+    found: dict[str, Attribution] = {}
     if text:
-        scores = locate(model, text, config.text, progress=config.progress)
-        groups: list[Attribution] = []
-        if config.aggregate in ("snr", "contrast"):
-            groups = [locate(model, batch, config.text) for batch in retain]
-        path = NeuronPath.select(scores, config.fraction, aggregate=config.aggregate, retain=groups)
-        reports["text"] = scores.report
-    if images and config.vision and find_sites(model).vision:
-        seen = locate(model, images, config.vision, progress=config.progress)
-        seen_path = NeuronPath.select(seen, config.fraction)
-        path = path | seen_path if path else seen_path
-        reports["vision"] = seen.report
-    if path is None:
+        found["text"] = locate(model, text, config.text, progress=config.progress)
+    if images and config.vision and sites.vision:
+        found["vision"] = locate(model, images, config.vision, progress=config.progress)
+    kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
+    path = select_path(sites, found.get("text"), found.get("vision"), kept, config)
+    return path, {name: one.report for name, one in found.items()}
+
+
+def weighs_damage(config: MIPConfig) -> bool:
+    """Whether the choice of text neurons needs attributions of what is to be kept."""
+    return config.aggregate in ("snr", "contrast")
+
+
+def select_path(
+    sites: Sites,
+    text: Attribution | None,
+    vision: Attribution | None,
+    kept: Sequence[Attribution],
+    config: MIPConfig,
+) -> NeuronPath:
+    """The neurons to edit. text: of the forget set's questions without pictures. vision: of its questions with them.
+    kept: text attributions of what is to be kept, every one a group of the damage estimate (see NeuronPath.select).
+
+    Neurons above the steering layer are left out: they would be pruned and never trained. Raises InputError where
+    there are neither."""
+    paths = []
+    if text:
+        paths.append(NeuronPath.select(text, config.fraction, aggregate=config.aggregate, retain=kept))
+    if vision:
+        paths.append(NeuronPath.select(vision, config.fraction))
+    if not paths:
         raise InputError(
-            f"none of {len(forget)} forget batches can be scored: those with pixel_values need a vision tower and "
+            "nothing of the forget set can be scored: questions with pixel_values need a vision tower and "
             "config.vision, the others feed the text tower; expected at least one"
         )
-    sites = find_sites(model)
-    return path.up_to(sites.text.name, steering_layer(config.rmisu, sites)), reports
+    path = paths[0] | paths[1] if len(paths) == 2 else paths[0]
+    return path.up_to(sites.text.name, steering_layer(config.rmisu, sites))

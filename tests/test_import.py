@@ -22,9 +22,9 @@ FORBIDDEN = {
     **{name: {"attribution", "path", "replay", "unlearning"} for name in ("pruning", "misdirection")},
     **{name: ENGINE | LOCATING for name in ("evaluation", "data", "metrics", "report", "page", "comparison")},
 }
-# cost, samples and streaming stand above locating
-for name in ENGINE | LOCATING:
-    FORBIDDEN[name] = FORBIDDEN.get(name, set()) | {"cost", "samples", "streaming"}
+# these stand above locating, each on those before it
+for name in ENGINE | LOCATING | {"data", "evaluation"}:
+    FORBIDDEN[name] = FORBIDDEN.get(name, set()) | {"cost", "samples", "streaming", "finetuning", "pipeline"}
 
 
 def imports(file):

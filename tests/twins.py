@@ -231,6 +231,7 @@ def write_model(folder):
 
 FAMILY_SPECIALS = {
     "llava": "<pad> <s> </s> <3> <4> <image>".split(),
+    "qwen2.5-vl": "<|endoftext|> <s> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>".split(),
     "qwen3-vl": "<|endoftext|> <s> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>".split(),
 }
 LLAVA_TEMPLATE = (
@@ -240,9 +241,10 @@ LLAVA_TEMPLATE = (
 
 
 def write_family(folder, name):
-    """A folder of random weights, "llava" (whose processor can be built, and whose tokenizer adds <s>) or "qwen3-vl"
-    (whose cannot without torchvision), with a tokenizer of the twins' words."""
+    """A folder of random weights, "llava" (whose processor can be built, and whose tokenizer adds <s>), "qwen2.5-vl" or
+    "qwen3-vl" (whose cannot without torchvision), with a tokenizer of the twins' words."""
     from families import FAMILIES, VIDEO
+    from tiny import tiny_qwen_vl
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models import clip
@@ -266,7 +268,7 @@ def write_family(folder, name):
         additional_special_tokens=[*specials[3:], "<|video_pad|>", "<|im_start|>"],
         chat_template=LLAVA_TEMPLATE if name == "llava" else TEMPLATE,
     )
-    model = tiny_settled(FAMILIES[name].model(), len(vocabulary))
+    model = tiny_settled(tiny_qwen_vl() if name == "qwen2.5-vl" else FAMILIES[name].model(), len(vocabulary))
     model.save_pretrained(folder)
     if name == "llava":
         kind = getattr(clip, "CLIPImageProcessorPil", None) or clip.CLIPImageProcessor

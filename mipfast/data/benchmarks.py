@@ -51,6 +51,37 @@ def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
     return list(records.values())
 
 
+def load_groups(
+    source: str | Path,
+    groups: Sequence[str],
+    *,
+    names: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Every record of several tables, in order. A group is a table of source, or SOURCE/TABLE for one of another.
+
+    names: the MLLMU-Bench source whose Full_Set names the people; the questions of tables that ask about pictures alone
+    are then asked in text as well. limit: records of each group and modality, drawn with the seed. Raises what `load`
+    raises."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}; expected at least 1")
+    known = person_names(names) if names else {}
+    records: list[Record] = []
+    for group in groups:
+        where, _, table = str(group).rpartition("/")
+        found = load(where or source, table, seed)
+        if known and all(record.modality == "image" for record in found):
+            found += without_pictures(found, known)
+        for modality in ("text", "image"):
+            some = [record for record in found if record.modality == modality]
+            drawn = random.Random(f"{seed} {group} {modality}").sample(
+                range(len(some)), min(limit or len(some), len(some))
+            )
+            records += [some[i] for i in sorted(drawn)]
+    return records
+
+
 def person_names(source: str | Path, group: str = "Full_Set") -> dict[str, str]:
     """{ID: name} from the biographies of an MLLMU-Bench table."""
     names = {}

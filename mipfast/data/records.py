@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal
 
 from mipfast.errors import InputError
@@ -87,3 +89,17 @@ class Record:
         if self.task == "choice":
             return self.letter or LETTERS[self.options.index(self.answer)]
         return self.answer
+
+
+def digest(records: Sequence[Record]) -> str:
+    """A hash of all a record's texts and of its picture: the encoded bytes, or the pixels of one already decoded."""
+    found = hashlib.blake2b(digest_size=16)
+    pictures: dict[int, bytes] = {}  # a person's questions share one
+    for record in records:
+        if (image := record.image) is not None and id(image) not in pictures:
+            source = getattr(image, "source", image)
+            if not isinstance(source, bytes):
+                source = source.tobytes() if hasattr(source, "tobytes") else Path(source).read_bytes()
+            pictures[id(image)] = hashlib.blake2b(source, digest_size=16).digest()
+        found.update(repr(replace(record, image=pictures.get(id(image)))).encode())
+    return found.hexdigest()

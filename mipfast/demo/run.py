@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import random
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from mipfast.demo import model as tiny
 from mipfast.demo import people
 from mipfast.errors import ArtefactError
 from mipfast.evaluation import evaluate
-from mipfast.files import versions, write_atomic
+from mipfast.files import machine, versions, write_atomic
 from mipfast.misdirection import RMisUConfig, misdirect
 from mipfast.path import NeuronPath
 from mipfast.positions import Rows, text_rows, without_labels
@@ -249,11 +247,7 @@ def run(seeds: list[int], ratio: float, out: Path, retrain: bool = False, progre
             "settings": {row: asdict(setting) for row, setting in SETTINGS.items()},
         },
         "versions": versions(),
-        "machine": {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "runs": [],
     }
     for seed in seeds:
