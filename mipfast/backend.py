@@ -73,7 +73,7 @@ def status() -> list[tuple[str, bool, str]]:
 def backend(name: str) -> Iterator[None]:
     """Run the ops called within by one backend: "reference", "triton", "cpp" or "cuda".
 
-    An op that has no kernel for the backend (so far all but `riemann_accumulate`) runs by its reference.
+    triton has a kernel for every op; an op that another backend has none for runs in plain torch.
     Holds for the current thread (context); autograd's own threads for CUDA tensors keep the default.
 
     Raises BackendError for an unknown name or a backend that is not usable here; the op itself raises it for

@@ -4,6 +4,8 @@ Shapes and formulas are in `mipfast.reference`, whose signatures these functions
 InputError for tensors that do not fit together.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from mipfast.backend import KERNEL_DTYPES, backend, choose, load_extension
 from mipfast.errors import InputError
 
 __all__ = [
+    "RiemannSums",
     "backend",
     "misdirection_loss",
     "project_accumulate",
@@ -39,8 +42,10 @@ def _check_neurons(op: str, neurons: Tensor, act: Tensor) -> None:
     if neurons.dtype != torch.int64 or neurons.device != act.device:
         found = f"{neurons.dtype} on {neurons.device}"
         raise InputError(f"{op}: neurons is {found}, expected torch.int64 on {act.device}; convert it")
-    # on a GPU a look at the values would stall the stream: there scatter's own assert finds the bad index
-    if neurons.device.type == "cpu" and neurons.numel() and int(neurons.max()) >= act.shape[1]:
+    # a look at the values would stall a GPU's stream, and cannot be compiled: there an index too large names none
+    if neurons.device.type != "cpu" or torch.compiler.is_compiling() or not neurons.numel():
+        return
+    if int(neurons.max()) >= act.shape[1]:
         raise InputError(f"{op}: neurons names {int(neurons.max())}, expected below {act.shape[1]}")
 
 
@@ -58,7 +63,52 @@ def riemann_interpolate(act: Tensor, alphas: Tensor, neurons: Tensor | None = No
     _check("riemann_interpolate", "alphas", alphas, (None,), like=act)
     if neurons is not None:
         _check_neurons("riemann_interpolate", neurons, act)
+    return _riemann_interpolate(act, alphas, neurons)
+
+
+@torch.library.custom_op(
+    "mipfast::riemann_interpolate", mutates_args=(), schema="(Tensor act, Tensor alphas, Tensor? neurons) -> Tensor"
+)
+def _riemann_interpolate(act, alphas, neurons):
+    if choose(act) == "triton" and act.numel():
+        from mipfast_kernels.riemann_interpolate import riemann_interpolate as launch
+
+        return launch(act, alphas.to(torch.float32).contiguous(), neurons)
     return reference.riemann_interpolate(act, alphas, neurons)
+
+
+@_riemann_interpolate.register_fake
+def _(act, alphas, neurons):
+    return act.new_empty(alphas.shape[0], *act.shape)
+
+
+def _interpolate_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _interpolate_backward(ctx, d_out):
+    act, alphas, neurons = ctx.saved_tensors
+    chosen = None if neurons is None else reference.named(neurons, act.shape[1])
+    d_act = d_alphas = None
+    if ctx.needs_input_grad[0]:
+        # the gradient of an interpolation is an accumulation
+        d_act, _ = _riemann_accumulate(d_out, alphas, None, None)
+        if chosen is not None:
+            d_act = torch.where(chosen, d_act, d_out.sum(0, dtype=d_act.dtype))
+        d_act = d_act.to(act.dtype)
+    if ctx.needs_input_grad[1]:
+        moving = act if chosen is None else torch.where(chosen, act, 0)
+        d_alphas = _per_step(d_out, moving).to(alphas.dtype)
+    return d_act, d_alphas, None
+
+
+def _per_step(d_out: Tensor, moving: Tensor) -> Tensor:
+    """What alpha_k multiplies, along the gradient: [m]."""
+    acc = reference.accumulator_dtype(d_out.dtype)
+    return torch.stack([(d.to(acc) * moving.to(acc)).sum() for d in d_out])
+
+
+_riemann_interpolate.register_autograd(_interpolate_backward, setup_context=_interpolate_context)
 
 
 def riemann_accumulate(
@@ -161,11 +211,11 @@ _riemann_accumulate.register_autograd(_backward, setup_context=_setup_context)
 def project_accumulate(
     grad_out: Tensor, weight: Tensor, weights: Tensor, *, act: Tensor | None = None, groups: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`riemann_accumulate(grad_out @ weight, weights, ...)`. The reference never holds more than one step of that
-    [m, R, F] gradient; the other backends write it in float32 and accumulate it in one pass.
+    """`riemann_accumulate(grad_out @ weight, weights, ...)` without writing that [m, R, F] gradient. The reference
+    holds one step of it at a time, triton none; cpp writes it in float32 and accumulates it in one pass.
 
-    grad_out [m, R, H]; weight [H, F]; weights [m]; act [R, F] or None; groups and result as in
-    `riemann_accumulate`.
+    grad_out [m, R, H], weight [H, F], any strides; weights [m]; act [R, F] or None; groups and result as in
+    `riemann_accumulate`. Not differentiable. The same input gives the same bits on every run.
     """
     op = "project_accumulate"
     _check(op, "grad_out", grad_out, (None, None, None))
@@ -174,19 +224,63 @@ def project_accumulate(
     _check(op, "weights", weights, (steps,), like=grad_out)
     if act is not None:
         _check(op, "act", act, (rows, weight.shape[1]), like=grad_out)
+        act = act.detach()
     _check_groups(op, groups, rows)
-    gradient_dtype = reference.accumulator_dtype(grad_out.dtype)
-    if choose(grad_out.to(gradient_dtype)) == "reference":
+    return _project_accumulate(grad_out.detach(), weight.detach(), weights.detach(), act, groups)
+
+
+@torch.library.custom_op(
+    "mipfast::project_accumulate",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor weight, Tensor weights, Tensor? act, int? groups) -> (Tensor, Tensor)",
+)
+def _project_accumulate(grad_out, weight, weights, act, groups):
+    name = choose(grad_out)
+    if name == "reference" or grad_out.numel() == 0:
         return reference.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
-    grad = grad_out.to(gradient_dtype) @ weight.to(gradient_dtype)
-    return riemann_accumulate(grad, weights, act=None if act is None else act.to(gradient_dtype), groups=groups)
+    if act is not None and act.dtype not in KERNEL_DTYPES:
+        act = act.to(torch.float32)
+    if name == "triton":
+        from mipfast_kernels.project_accumulate import project_accumulate as launch
+
+        if weight.dtype != grad_out.dtype:
+            grad_out, weight = grad_out.to(torch.float32), weight.to(torch.float32)
+        num_groups = grad_out.shape[1] if groups is None else groups
+        return launch(grad_out, weight, weights.to(torch.float32).contiguous(), act, num_groups)
+    return _riemann_accumulate(grad_out.to(torch.float32) @ weight.to(torch.float32), weights, act, groups)
 
 
-def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor | None = None) -> Tensor:
+@_project_accumulate.register_fake
+def _(grad_out, weight, weights, act, groups):
+    rows = grad_out.shape[1] if groups is None else groups
+    s1 = grad_out.new_empty(rows, weight.shape[1], dtype=reference.accumulator_dtype(grad_out.dtype))
+    return s1, torch.empty_like(s1)
+
+
+@dataclass
+class RiemannSums:
+    """Where the backward pass of `riemann_project` leaves the sums of its rows' gradient.
+
+    weights [m], groups as in `riemann_accumulate`; s1 (times act) and s2 of the last backward pass, None before it.
+    """
+
+    weights: Tensor
+    groups: int | None = None
+    s1: Tensor | None = None
+    s2: Tensor | None = None
+
+
+def riemann_project(
+    act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor | None = None, *, sums: RiemannSums | None = None
+) -> Tensor:
     """`riemann_interpolate(act, alphas, neurons) @ weight.T`: act [R, F], weight [H, F], alphas [m] -> [m,
     R, H].
 
-    weight has act's dtype. Differentiable.
+    weight has act's dtype. Differentiable. All backends but the reference use that it is linear: one product with
+    weight at any m, alphas[k] times it (with neurons: it plus (alphas[k] - 1) times the named ones' share).
+
+    With sums, a backward pass through the result also accumulates the gradient of the interpolated rows into it, by
+    `project_accumulate`, in one read of the result's gradient; the result then requires gradient whatever act does.
     """
     op = "riemann_project"
     _check(op, "act", act, (None, None))
@@ -196,7 +290,80 @@ def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor
         raise InputError(f"{op}: weight is {weight.dtype}, expected act's {act.dtype}; convert one of them")
     if neurons is not None:
         _check_neurons(op, neurons, act)
-    return reference.riemann_project(act, weight, alphas, neurons)
+    out = _riemann_project(act, weight, alphas, neurons)
+    if sums is not None:
+        _check(op, "sums.weights", sums.weights, (len(alphas),), like=act)
+        _check_groups(op, sums.groups, len(act))
+
+        def accumulate(d_out):
+            sums.s1, sums.s2 = project_accumulate(d_out, weight, sums.weights, act=act, groups=sums.groups)
+
+        # a hook, as a gradient has one slot per input, and this is a second result of the same gradient
+        (out if out.requires_grad else out.requires_grad_()).register_hook(accumulate)
+    return out
+
+
+@torch.library.custom_op(
+    "mipfast::riemann_project",
+    mutates_args=(),
+    schema="(Tensor act, Tensor weight, Tensor alphas, Tensor? neurons) -> Tensor",
+)
+def _riemann_project(act, weight, alphas, neurons):
+    name = choose(act)
+    if name == "reference" or act.numel() == 0 or weight.numel() == 0:
+        return reference.riemann_project(act, weight, alphas, neurons)
+    if neurons is not None:
+        neurons = _once(neurons)
+    if name == "triton":
+        from mipfast_kernels.riemann_project import riemann_project as launch
+
+        return launch(act, weight, alphas.to(torch.float32).contiguous(), neurons)
+    base = act @ weight.t()
+    if neurons is None:
+        return _riemann_interpolate(base, alphas, None)
+    values = act.gather(1, neurons.clamp(min=0)).masked_fill(neurons < 0, 0)
+    moving = (values[:, None] @ weight.t()[neurons.clamp(min=0)])[:, 0]
+    steps = (alphas.to(torch.float32) - 1)[:, None, None]
+    return (base + steps * moving).to(act.dtype)
+
+
+def _once(neurons: Tensor) -> Tensor:
+    """Each row's neurons, sorted, -1 where one is named again."""
+    ordered = neurons.sort(1).values
+    return torch.cat([ordered[:, :1], ordered[:, 1:].masked_fill(ordered[:, 1:] == ordered[:, :-1], -1)], 1)
+
+
+@_riemann_project.register_fake
+def _(act, weight, alphas, neurons):
+    return act.new_empty(alphas.shape[0], act.shape[0], weight.shape[0])
+
+
+def _project_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _project_backward(ctx, d_out):
+    act, weight, alphas, neurons = ctx.saved_tensors
+    chosen = None if neurons is None else reference.named(neurons, act.shape[1])
+    moving = act if chosen is None else torch.where(chosen, act, 0)
+    d_act = d_weight = d_alphas = None
+    # collapsed over the steps first, so that each product is one and not m
+    scaled = _riemann_accumulate(d_out, alphas, None, None)[0].to(weight.dtype)
+    plain = None if chosen is None else d_out.sum(0, dtype=reference.accumulator_dtype(d_out.dtype)).to(weight.dtype)
+    if ctx.needs_input_grad[0]:
+        d_act = scaled @ weight
+        if chosen is not None:
+            d_act = torch.where(chosen, d_act, plain @ weight)
+    if ctx.needs_input_grad[1]:
+        d_weight = scaled.t() @ moving
+        if plain is not None:
+            d_weight = d_weight + plain.t() @ (act - moving)
+    if ctx.needs_input_grad[2]:
+        d_alphas = _per_step(d_out, moving @ weight.t()).to(alphas.dtype)
+    return d_act, d_weight, d_alphas, None
+
+
+_riemann_project.register_autograd(_project_backward, setup_context=_project_context)
 
 
 def misdirection_loss(hidden: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -211,4 +378,69 @@ def misdirection_loss(hidden: Tensor, target: Tensor, mask: Tensor | None = None
     _check(op, "target", target, tuple(hidden.shape[1:] if target.dim() == 1 else hidden.shape), like=hidden)
     if mask is not None and mask.shape != hidden.shape[:1]:
         raise InputError(f"{op}: mask has shape {list(mask.shape)}, expected [{hidden.shape[0]}]")
+    return _misdirection_loss(hidden, target, mask)
+
+
+@torch.library.custom_op(
+    "mipfast::misdirection_loss", mutates_args=(), schema="(Tensor hidden, Tensor target, Tensor? mask) -> Tensor"
+)
+def _misdirection_loss(hidden, target, mask):
+    if choose(hidden) == "triton" and hidden.numel():
+        from mipfast_kernels.misdirection_loss import misdirection_loss as launch
+
+        target, kept = _loss_inputs(target, mask)
+        return launch(hidden, target, kept) / _loss_terms(hidden, mask)
     return reference.misdirection_loss(hidden, target, mask)
+
+
+def _loss_inputs(target, mask):
+    target = target if target.dtype in KERNEL_DTYPES else target.to(torch.float32)
+    return target, None if mask is None else mask.bool().to(torch.int8)
+
+
+def _loss_terms(hidden, mask):
+    """How many squares the loss is the mean of; at least one row's."""
+    rows = hidden.shape[0] if mask is None else mask.bool().sum().clamp(min=1)
+    return rows * hidden.shape[1]
+
+
+@_misdirection_loss.register_fake
+def _(hidden, target, mask):
+    return hidden.new_empty((), dtype=reference.accumulator_dtype(hidden.dtype))
+
+
+@torch.library.custom_op(
+    "mipfast::misdirection_gradient",
+    mutates_args=(),
+    schema="(Tensor d_loss, Tensor hidden, Tensor target, Tensor? mask) -> Tensor",
+)
+def _misdirection_gradient(d_loss, hidden, target, mask):
+    if choose(hidden) == "triton" and hidden.numel():
+        from mipfast_kernels.misdirection_loss import misdirection_gradient as launch
+
+        target, kept = _loss_inputs(target, mask)
+        return launch(hidden, target, kept, 2 * d_loss / _loss_terms(hidden, mask))
+    return reference.misdirection_gradient(d_loss, hidden, target, mask).to(hidden.dtype)
+
+
+@_misdirection_gradient.register_fake
+def _(d_loss, hidden, target, mask):
+    return hidden.new_empty(hidden.shape)
+
+
+def _loss_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _loss_backward(ctx, d_loss):
+    hidden, target, mask = ctx.saved_tensors
+    d_hidden = d_target = None
+    if ctx.needs_input_grad[0]:
+        d_hidden = _misdirection_gradient(d_loss, hidden, target, mask)
+    if ctx.needs_input_grad[1]:
+        gradient = reference.misdirection_gradient(d_loss, hidden, target, mask)
+        d_target = -gradient.sum_to_size(target.shape).to(target.dtype)
+    return d_hidden, d_target, None
+
+
+_misdirection_loss.register_autograd(_loss_backward, setup_context=_loss_context)

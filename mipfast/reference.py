@@ -28,11 +28,15 @@ def riemann_interpolate(act: Tensor, alphas: Tensor, neurons: Tensor | None = No
     scaled = (alphas.to(acc)[:, None, None] * act.to(acc)).to(act.dtype)
     if neurons is None:
         return scaled
-    num_neurons = act.shape[-1]
+    return torch.where(named(neurons, act.shape[-1]), scaled, act)
+
+
+def named(neurons: Tensor, num_neurons: int) -> Tensor:
+    """Whether a row names a neuron: neurons [R, k] -> bool [R, num_neurons]."""
     # one column more than there are neurons, so that -1 has somewhere to go
-    chosen = torch.zeros(act.shape[0], num_neurons + 1, dtype=torch.bool, device=act.device)
+    chosen = torch.zeros(neurons.shape[0], num_neurons + 1, dtype=torch.bool, device=neurons.device)
     chosen.scatter_(1, torch.where(neurons < 0, num_neurons, neurons), True)
-    return torch.where(chosen[:, :num_neurons], scaled, act)
+    return chosen[:, :num_neurons]
 
 
 def riemann_accumulate(
@@ -109,3 +113,12 @@ def misdirection_loss(hidden: Tensor, target: Tensor, mask: Tensor | None = None
     diff = torch.where(mask.bool()[:, None], diff, 0)
     count = mask.bool().sum().clamp(min=1)
     return diff.square().sum() / (count * hidden.shape[-1])
+
+
+def misdirection_gradient(d_loss: Tensor, hidden: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """d misdirection_loss / d hidden, times d_loss (a scalar), in float32 (float64 for float64); 0 in masked rows."""
+    acc = accumulator_dtype(hidden.dtype)
+    diff = hidden.to(acc) - target.to(acc)
+    count = hidden.shape[0] if mask is None else mask.bool().sum().clamp(min=1)
+    gradient = diff * (2 * d_loss / (count * hidden.shape[-1]))
+    return gradient if mask is None else torch.where(mask.bool()[:, None], gradient, 0)

@@ -1,63 +1,114 @@
-"""The Triton kernels compiled ahead of time for GPUs that need not be here: they build, nothing spills."""
+"""The Triton kernels compiled ahead of time for GPUs that need not be here: they build, nothing spills, products run on
+tensor cores and copy asynchronously, the others move 16 bytes at a time."""
 
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-# What the launcher passes for a contiguous gradient of 16-byte aligned rows: Triton specialises on both.
-COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mipfast_kernels.riemann_accumulate import TILES, riemann_accumulate_kernel as kernel
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "gfx942"}
+# the instruction a product of 16-bit tiles runs by, of more than 16 rows; smaller ones and gfx942's run by the second
+MATRIX = {"sm_80": ("HMMA", "HMMA"), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA", "HMMA"), "gfx942": ("MFMA",) * 2}
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-report = {}
-for dtype, (block_f, num_warps) in TILES.items():
-    signature = {name: "i32" for name in kernel.arg_names}
-    signature |= {"p_grad": f"*{NAMES[dtype]}", "p_act": f"*{NAMES[dtype]}"}
-    signature |= {name: "*fp32" for name in ("p_weights", "p_s1", "p_s2")}
-    constants = {"HAS_ACT": True, "BLOCK_F": block_f, "stride_grad_f": 1, "stride_act_f": 1}
-    signature |= {name: "constexpr" for name in constants}
-    aligned = ("neurons", "stride_grad_k", "stride_grad_r", "stride_act_r")
-    aligned = [name for name in kernel.arg_names if name.startswith("p_") or name in aligned]
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    for arch in (80, 90):
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        target, options = GPUTarget("cuda", arch, 32), {"num_warps": num_warps}
-        compiled = triton.compile(source, target=target, options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            command = [cuobjdump, "-res-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True)
-        text = usage.stdout + usage.stderr
-        report[f"{NAMES[dtype]} sm_{arch}"] = {
-            "stack": int(re.search(r"STACK:(\d+)", text)[1]),
-            "registers": int(re.search(r"REG:(\d+)", text)[1]),
-            "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])),
-        }
-print(json.dumps(report))
+
+# Triton makes arguments of 1 constants, which the interpreter does not; a transposed weight is GPT-2's
+ODD = r"""
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import static, triton
+
+triton.JITFunction.run = static.compile_only
+triton.runtime.driver.set_active(static.Driver(static.TARGETS["sm_90"]))
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+one, named = tensor(1, dtype=torch.float32), tensor(1, 1, dtype=torch.int64)
+for f, h, weight in (1, 1, tensor(1, 1)), (16, 1, tensor(1, 16)), (48, 80, tensor(48, 80).t()):
+    static.riemann_accumulate(tensor(1, 1, f), one, None, 1)
+    static.riemann_interpolate(tensor(1, f), one, named)
+    static.riemann_project(tensor(1, f), weight, one, named)
+    static.misdirection_loss(tensor(1, f), tensor(f), None)
+    static.misdirection_gradient(tensor(1, f), tensor(f), None, one[0])
+    for grad in tensor(1, 1, h), tensor(h, 5, 3).permute(2, 1, 0):
+        static.fused(grad, weight, one.expand(len(grad)), None, 1)
+print(len(static.launched), "compiled")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_riemann_accumulate_compiles_without_spills(tmp_path):
+def environment(cache):
     # a process of its own: triton takes TRITON_INTERPRET from the environment when it is first imported
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    (tmp_path / "compile.py").write_text(COMPILE)
-    result = subprocess.run([sys.executable, tmp_path / "compile.py"], env=environment, capture_output=True, text=True)
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"TRITON_CACHE_DIR": str(cache)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_arguments_of_one_compile(tmp_path):
+    command = [sys.executable, "-c", ODD, ROOT / "bench"]
+    result = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout.splitlines()[-1])
-    print(report)
-    for target, usage in report.items():
-        assert usage["stack"] == 0, f"{target} spills {usage['stack']} bytes"
-        assert usage["wide_loads"], f"{target} reads less than 16 bytes per thread"
+    assert "21 compiled" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    out = tmp_path_factory.mktemp("static")
+    command = [sys.executable, ROOT / "bench/static.py", "--out", out]
+    result = subprocess.run(command, env=environment(out), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((out / "kernels.json").read_text())["rows"]
+
+
+def found(row, *names):
+    return sum(row["instructions"].get(name, 0) for name in names)
+
+
+def test_nothing_spills(report):
+    assert [row for row in report if row["spills"]] == []
+
+
+def test_products_run_on_tensor_cores(report):
+    for row in report:
+        if row["kernel"] == "project_accumulate":
+            # float32 multiplies in float32, which NVIDIA's tensor cores do not
+            name = MATRIX[row["arch"]]["tile 16x" in row["case"]] if "bf16" in row["case"] else "FFMA"
+            assert found(row, "MFMA" if row["arch"] == "gfx942" else name), row
+
+
+def test_products_copy_asynchronously(report):
+    for row in report:
+        if row["kernel"] == "project_accumulate" and row["arch"] != "gfx942":
+            assert found(row, "LDGSTS"), row
+            # W by the tensor memory accelerator, where its rows are multiples of 16 bytes
+            aligned = "bf16, F 3420" not in row["case"] and row["arch"] != "sm_80"
+            assert bool(found(row, "UTMALDG")) == aligned, row
+
+
+def test_memory_bound_kernels_move_wide_words(report):
+    for row in report:
+        if row["kernel"] != "project_accumulate" and row["arch"] != "gfx942":
+            # rows of 3420 2-byte elements are multiples of 8 bytes
+            widest = "LDG.64" if "bf16, F 3420" in row["case"] and row["kernel"] != "riemann_project" else "LDG.128"
+            assert found(row, widest), row
+
+
+def test_every_kernel_and_tile_is_there(report):
+    kernels = {}
+    for file in (ROOT / "kernels/mipfast_kernels").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                kernels[node.name.removesuffix("_kernel")] = file.stem
+    assert {row["kernel"] for row in report} == set(kernels)
+    for arch in ARCHITECTURES:
+        products = {row["case"] for row in report if (row["kernel"], row["arch"]) == ("project_accumulate", arch)}
+        for neurons in (3420, 11008):
+            # four tiles of bf16, one of fp32
+            assert len({case.split(", ")[2] for case in products if f"F {neurons}" in case}) == 5, arch

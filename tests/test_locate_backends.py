@@ -1,4 +1,4 @@
-"""Every usable backend of riemann_accumulate gives `locate` the same scores and path.
+"""Every usable backend gives `locate` the same scores and path.
 
 Triton runs here on a GPU, or on the CPU when TRITON_INTERPRET=1 (which tests/test_interpreter.py sets).
 """
@@ -22,8 +22,8 @@ def test_backends_agree_through_locate(name, modality, monkeypatch):
     with ops.backend("reference"):
         want = locate(model, batch, modality=modality)
     calls = []
-    real = ops.riemann_accumulate
-    monkeypatch.setattr(ops, "riemann_accumulate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = ops.project_accumulate
+    monkeypatch.setattr(ops, "project_accumulate", lambda *a, **k: calls.append(1) or real(*a, **k))
     with ops.backend(name):
         found = locate(model, batch, modality=modality)
     assert len(calls) % found.scores.shape[1] == 0 < len(calls), "every layer of locate asks this op"

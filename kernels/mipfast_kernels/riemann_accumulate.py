@@ -5,6 +5,8 @@ feed a top-k, so two runs must agree to the bit): long groups are split over pro
 added up by a second stage whose order is fixed by the shape alone.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,8 +24,12 @@ def riemann_accumulate_kernel(
     p_grad, p_weights, p_act, p_s1, p_s2,
     steps, groups, rows_per_group, rows_per_split, neurons,
     stride_grad_k, stride_grad_r, stride_grad_f, stride_act_r, stride_act_f,
-    HAS_ACT: tl.constexpr, BLOCK_F: tl.constexpr,
+    HAS_ACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    neurons *= ALIGNED
+    stride_grad_k *= ALIGNED
+    stride_grad_r *= ALIGNED
+    stride_act_r *= ALIGNED
     # 64-bit from here on: steps * R * F passes 2^31 at 20 steps of 8192 rows of 18944 neurons
     i_group = (tl.program_id(0) % groups).to(tl.int64)
     i_split = (tl.program_id(0) // groups).to(tl.int64)
@@ -84,14 +90,17 @@ def riemann_accumulate(
 
     s1 = torch.empty(splits, groups, neurons, dtype=torch.float32, device=grad.device)
     s2 = torch.empty_like(s1)
-    act_strides = (0, 0) if act is None else act.stride()
+    stride_act_r, stride_act_f = (0, 0) if act is None else act.stride()
+    stride_k, stride_r, stride_f = grad.stride()
+    # rows that are no multiples of 16 bytes (F 3420): Triton must know of which power of two, or it reads one element
+    aligned = math.gcd(stride_k, stride_r, stride_act_r, neurons, 16)
     # without this Triton launches on the current device and faults on a tensor of another one
     with torch.cuda.device_of(grad):
         riemann_accumulate_kernel[(splits * groups, blocks)](
             grad, weights, act, s1, s2,
-            steps, groups, rows_per_group, rows_per_split, neurons,
-            *grad.stride(), *act_strides,
-            HAS_ACT=act is not None, BLOCK_F=block_f, num_warps=num_warps,
+            steps, groups, rows_per_group, rows_per_split, neurons // aligned,
+            stride_k // aligned, stride_r // aligned, stride_f, stride_act_r // aligned, stride_act_f,
+            HAS_ACT=act is not None, ALIGNED=aligned, BLOCK_F=block_f, num_warps=num_warps,
         )  # fmt: skip
     if splits == 1:
         return s1[0], s2[0]
