@@ -99,13 +99,7 @@ def report(
     Runs that differ in the seed alone become one row, mean ± sd. Beside the metrics stand the forgetting rate and the
     retention relative to the run's own vanilla model. report.html is one file with everything in it.
     """
-    from mipfast import comparison, page
-
-    compared = comparison.compare(folders)
-    found = comparison.parts(compared)
-    written = page.write(out, compared.title, found)
-    console.print(page.terminal(found))
-    console.print(f"Everything, in one file: [bold]{escape(str(written))}[/bold]")
+    _report(folders, out)
 
 
 @app.command()
@@ -332,7 +326,8 @@ def run(
     """Run a whole experiment: fine-tune, locate, unlearn, evaluate before and after.
 
     Killed at any moment, the same command goes on; stages that are finished are skipped. OUT/summary.json holds every
-    metric of both models, OUT/finetune/model and OUT/unlearn/model are plain transformers folders.
+    metric of both models, OUT/report/report.html shows them, OUT/finetune/model and OUT/unlearn/model are plain
+    transformers folders.
     """
     from dataclasses import replace
 
@@ -341,11 +336,18 @@ def run(
     _quiet_transformers()
     experiment = pipeline.Experiment.from_yaml(config)
     experiment = replace(experiment, out=out or experiment.out, device=device or experiment.device)
-    summary = pipeline.run(experiment, sys.stderr.isatty())
-    _show_metrics(summary["models"])
-    for flag in summary["flags"]:
-        console.print(f"- {escape(flag)}")
-    console.print(f"Everything is in [bold]{escape(experiment.out)}[/bold]")
+    pipeline.run(experiment, sys.stderr.isatty())
+    _report([Path(experiment.out)], Path(experiment.out) / "report")
+
+
+def _report(folders: list[Path], out: Path) -> None:
+    from mipfast import comparison, page
+
+    compared = comparison.compare(folders)
+    found = comparison.parts(compared)
+    written = page.write(out, compared.title, found)
+    console.print(page.terminal(found))
+    console.print(f"Everything, in one file: [bold]{escape(str(written))}[/bold]")
 
 
 def _check_dtype(dtype: str) -> None:
