@@ -125,6 +125,7 @@ def test_the_folder_holds_what_is_promised(finished):
         ),
         *("unlearn", "unlearn/model", "unlearn/path", "unlearn/report.json", "unlearn/run.json"),
         *("eval", "eval/vanilla", "eval/unlearned"),
+        *("report", "report/pictures", "report/report.html", "report/report.md"),
     }
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary) == "title config seed versions machine seconds models roles neurons flags".split()
