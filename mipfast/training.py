@@ -1,0 +1,217 @@
+"""What trains while everything else stands still, and the loop that every gradient method shares."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from tqdm.auto import tqdm
+
+from mipfast.errors import DivergedError, InputError
+from mipfast.modes import held
+from mipfast.positions import Batch
+from mipfast.pruning import Slice
+
+log = logging.getLogger("mipfast")
+
+
+class Losses(NamedTuple):
+    """loss is what a step descends; forget and retain are its parts before weighting, retain None where there is
+    none."""
+
+    loss: torch.Tensor
+    forget: torch.Tensor
+    retain: torch.Tensor | None = None
+
+
+Places = dict[str, Sequence[Slice | torch.Tensor]]
+
+
+class Leaf:
+    """A whole parameter as the optimiser sees it: itself, or a float32 master where it is of half precision."""
+
+    def __init__(self, place: str, parameter: torch.Tensor):
+        self.place, self.parameter = place, parameter
+        self.tensor, self.hook = parameter, None
+        if parameter.dtype not in (torch.float32, torch.float64):
+            self.tensor = nn.Parameter(parameter.detach().float())
+            self.hook = parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def _collect(self, parameter: torch.Tensor) -> None:
+        grad = cast(torch.Tensor, parameter.grad).float()
+        self.tensor.grad = grad if self.tensor.grad is None else self.tensor.grad + grad
+        parameter.grad = None
+
+    def write(self) -> None:
+        """Put what was learned into the model."""
+        if self.hook:
+            self.parameter.data.copy_(self.tensor.detach())
+
+    def remove(self) -> None:
+        if self.hook:
+            self.hook.remove()
+
+
+class SliceLeaf:
+    """A slice of a projection's weight or bias, in float32 at least. The weight itself gets no gradient: a hook on the
+    projection computes the slice's alone, a share k/F of the work and memory."""
+
+    def __init__(self, place: str, part: Slice, projection: nn.Module):
+        self.place, self.part = place, part
+        if not isinstance(projection, nn.Linear) and type(projection).__name__ != "Conv1D":
+            raise InputError(f"{place}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
+        if not part.parameter.is_floating_point():
+            raise InputError(
+                f"{place}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first"
+            )
+        values = part.read()
+        self.tensor = nn.Parameter(values if values.dtype == torch.float64 else values.float())
+        transposed = not isinstance(projection, nn.Linear)
+        self.kind = (
+            "bias" if part.parameter.ndim == 1 else "outputs" if (part.dim == 0) != transposed else "inputs",
+            transposed,
+        )
+        self.hook = projection.register_forward_hook(self._forward)
+
+    def _forward(self, projection: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        return cast(torch.Tensor, _SliceGradient.apply(output, args[0], self.tensor, self.part.index, *self.kind))
+
+    def write(self) -> None:
+        self.part.write(self.tensor.detach())
+
+    def remove(self) -> None:
+        self.hook.remove()
+
+
+class _SliceGradient(torch.autograd.Function):
+    """The identity on a projection's output; its backward gives the slice the gradient that autograd would have given
+    to this part of the whole weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, leaf: torch.Tensor, index: torch.Tensor, what: str, turn: bool
+    ) -> torch.Tensor:
+        kept = x[..., index] if what == "inputs" else x if what == "outputs" else None
+        ctx.save_for_backward(index, kept)
+        ctx.what, ctx.turn, ctx.dtype = what, turn, leaf.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        index, x = ctx.saved_tensors
+        rows = grad_output.flatten(0, -2)
+        rows = rows if ctx.what == "inputs" else rows[:, index]
+        if ctx.what == "bias":
+            grad = rows.sum(0)
+        else:
+            grad = rows.T @ x.flatten(0, -2).to(rows.dtype)
+        return grad_output, None, (grad.T if ctx.turn and ctx.what != "bias" else grad).to(ctx.dtype), None, None, None
+
+
+Leaves = list[Leaf | SliceLeaf]
+
+
+@contextmanager
+def training(model: nn.Module, places: Places) -> Iterator[Leaves]:
+    """The leaves of some places, in eval mode (no dropout) and nothing else trainable; undone on the way out."""
+    whole = [part for parts in places.values() for part in parts if not isinstance(part, Slice)]
+    with held(model, whole):
+        leaves = make_leaves(model, places)
+        try:
+            yield leaves
+        finally:
+            for leaf in leaves:
+                leaf.remove()
+
+
+def make_leaves(model: nn.Module, places: Places) -> Leaves:
+    owner = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    return [
+        SliceLeaf(place, part, owner[id(part.parameter)]) if isinstance(part, Slice) else Leaf(place, part)
+        for place, parts in places.items()
+        for part in parts
+    ]
+
+
+def order(seed: int, counts: Iterable[int], steps: int) -> list[list[int]]:
+    """Which of count batches each step takes, for every count: epoch after epoch, each shuffled, cut to steps."""
+    rng = random.Random(seed)
+    return [[i for _ in range(-(-steps // count)) for i in rng.sample(range(count), count)][:steps] for count in counts]
+
+
+def take_batches(forget: Iterable[Batch], retain: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Raises InputError where there is none of either."""
+    forget, retain = list(forget), list(retain)
+    if not forget or not retain:
+        raise InputError(f"{len(forget)} forget and {len(retain)} retain batches; expected at least one each")
+    return forget, retain
+
+
+def check_steps(config: Any) -> None:
+    """Raises InputError for a learning rate or a length of training that no run could use."""
+    if not config.lr > 0:
+        raise InputError(f"lr={config.lr}; expected a positive one")
+    if config.epochs < 1 or (config.steps is not None and config.steps < 1):
+        raise InputError(f"steps={config.steps}, epochs={config.epochs}; expected at least 1")
+
+
+def descend(
+    leaves: Leaves,
+    loss_of: Callable[[Any], Losses],
+    steps: Sequence[Any],
+    lr: float,
+    epoch: int,
+    name: str,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """One Adam step without weight decay on loss_of(step) for every step. Returns the report of the run.
+
+    epoch: the number of steps after which some leaf must have got a gradient. Raises InputError where none did,
+    DivergedError for a loss that is not finite."""
+    started = time.monotonic()
+    places = list(dict.fromkeys(leaf.place for leaf in leaves))
+    optimizer = torch.optim.Adam([leaf.tensor for leaf in leaves], lr=lr)
+    seen: list[tuple[float, float | None]] = []
+    moving: set[str] = set()
+    for step in tqdm(steps, desc=name, disable=not progress):
+        losses = loss_of(step)
+        if not bool(losses.loss.isfinite()):
+            raise DivergedError(f"the loss of step {len(seen)} of {name} is {losses.loss.item()}; lower lr ({lr})")
+        if losses.loss.requires_grad:  # not where a vision path meets batches without pictures
+            losses.loss.backward()
+        moving |= {leaf.place for leaf in leaves if leaf.place not in moving and _has_gradient(leaf.tensor)}
+        if len(seen) + 1 == epoch and not moving:
+            raise InputError(
+                f"no gradient reaches {', '.join(places)}: input rows of neurons whose columns are zero do not "
+                "train alone, and a vision tower needs batches with pixel_values"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        for leaf in leaves:
+            leaf.write()
+        seen.append((losses.forget.item(), None if losses.retain is None else losses.retain.item()))
+    idle = sorted(set(places) - moving)
+    if idle:
+        log.warning("no gradient ever reached %s", ", ".join(idle))
+    return {
+        "steps": len(steps),
+        "trained": {place: sum(t.tensor.numel() for t in leaves if t.place == place) for place in places},
+        "without_gradient": idle,
+        "forget_loss": [f for f, _ in seen],
+        "retain_loss": [r for _, r in seen if r is not None],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _has_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.grad is not None and bool(tensor.grad.any())
