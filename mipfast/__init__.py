@@ -40,13 +40,14 @@ __all__ = [
     "ModelError",
     "__version__",
     "attacks",
+    "baselines",
     "ops",
     *_HOMES,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("attacks", "ops"):
+    if name in ("attacks", "baselines", "ops"):
         return import_module(f"mipfast.{name}")
     if name in _HOMES:
         return getattr(import_module(f"mipfast.{_HOMES[name]}"), name)
