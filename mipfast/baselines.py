@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mipfast import ops
 from mipfast.capture import label_states, removing
 from mipfast.errors import InputError
-from mipfast.misdirection import RMisUConfig, hidden_states, rmisu_loss, steering_layer, steering_target
+from mipfast.misdirection import RMisUConfig, hidden_states, steering_layer, steering_target
 from mipfast.modes import held
 from mipfast.positions import Batch, find_labels, without_labels
 from mipfast.pruning import prune
@@ -58,15 +59,15 @@ class Method(ABC):
         return dict(places)
 
     @abstractmethod
-    def losses(
+    def terms(
         self,
         model: nn.Module,
         forget: Mapping[int, Batch],
         retain: Mapping[int, Batch],
         first: tuple[int, int],
         seed: int,
-    ) -> Callable[[tuple[int, int]], Losses]:
-        """The losses of a pair of batches by their numbers. Called before training: what is kept of theta0 is measured
+    ) -> Callable[[tuple[int, int]], Iterator[Losses]]:
+        """The terms of a pair of batches by their numbers. Called before training: what is kept of theta0 is measured
         here. first: the first step's pair."""
 
 
@@ -78,12 +79,12 @@ class GA(Method):
 
     lr: ClassVar[float] = 2e-5
 
-    def losses(self, model, forget, retain, first, seed):
-        def step(pair: tuple[int, int]) -> Losses:
-            loss = -cross_entropy(model, forget[pair[0]])
-            return Losses(loss, loss)
+    def terms(self, model, forget, retain, first, seed):
+        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+            away = -cross_entropy(model, forget[pair[0]])
+            yield Losses(away, away)
 
-        return step
+        return of
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,14 @@ class GradDiff(Method):
     alpha: float = 1.0
     lr: ClassVar[float] = 1e-5
 
-    def losses(self, model, forget, retain, first, seed):
-        def step(pair: tuple[int, int]) -> Losses:
-            away, kept = -cross_entropy(model, forget[pair[0]]), cross_entropy(model, retain[pair[1]])
-            return Losses(self.gamma * away + self.alpha * kept, away, kept)
+    def terms(self, model, forget, retain, first, seed):
+        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+            away = -cross_entropy(model, forget[pair[0]])
+            yield Losses(self.gamma * away, away)
+            held = cross_entropy(model, retain[pair[1]])
+            yield Losses(self.alpha * held, retain=held)
 
-        return step
+        return of
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,17 @@ class KLMin(Method):
     dtype: Literal["float16", "float32", "float64"] = "float16"
     lr: ClassVar[float] = 1e-5
 
-    def losses(self, model, forget, retain, first, seed):
+    def terms(self, model, forget, retain, first, seed):
         kept = _before(retain, lambda batch: log_probs(model, batch)[0].to("cpu", getattr(torch, self.dtype)))
 
-        def step(pair: tuple[int, int]) -> Losses:
+        def of(pair: tuple[int, int]) -> Iterator[Losses]:
             away = -cross_entropy(model, forget[pair[0]])
+            yield Losses(self.gamma * away, away)
             now, _ = log_probs(model, retain[pair[1]])
             kl = F.kl_div(now, kept[pair[1]].to(now), reduction="none", log_target=True).sum(-1).mean()
-            return Losses(self.gamma * away + self.alpha * kl, away, kl)
+            yield Losses(self.alpha * kl, retain=kl)
 
-        return step
+        return of
 
 
 @dataclass(frozen=True)
@@ -145,18 +149,18 @@ class NPO(Method):
     alpha: float = 0.0
     lr: ClassVar[float] = 1e-5
 
-    def losses(self, model, forget, retain, first, seed):
+    def terms(self, model, forget, retain, first, seed):
         kept = _before(forget, lambda batch: sample_nll(model, batch))
 
-        def step(pair: tuple[int, int]) -> Losses:
+        def of(pair: tuple[int, int]) -> Iterator[Losses]:
             behind = sample_nll(model, forget[pair[0]]) - kept[pair[0]]
             away = -2 / self.beta * F.logsigmoid(self.beta * behind).mean()
-            if not self.alpha:
-                return Losses(self.gamma * away, away)
-            ce = cross_entropy(model, retain[pair[1]])
-            return Losses(self.gamma * away + self.alpha * ce, away, ce)
+            yield Losses(self.gamma * away, away)
+            if self.alpha:
+                held = cross_entropy(model, retain[pair[1]])
+                yield Losses(self.alpha * held, retain=held)
 
-        return step
+        return of
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class RMU(Method):
             for i in range(max(0, layer - 2), layer + 1)
         }
 
-    def losses(self, model, forget, retain, first, seed):
+    def terms(self, model, forget, retain, first, seed):
         sites = find_sites(model)
         layer = steering_layer(self, sites)
         steering = RMisUConfig(steering_coeff=self.steering_coeff, unit=self.unit, direction=self.direction, seed=seed)
@@ -196,12 +200,13 @@ class RMU(Method):
         before = _before({first[0]: forget[first[0]]}, hidden)[first[0]]
         target = steering_target(steering, before, torch.cat(list(kept.values())))
 
-        def step(pair: tuple[int, int]) -> Losses:
-            parts = rmisu_loss(hidden(forget[pair[0]]), hidden(retain[pair[1]]), target, kept[pair[1]])
-            assert parts.retain is not None
-            return Losses(parts.forget + self.alpha * parts.retain, parts.forget, parts.retain)
+        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+            away = ops.misdirection_loss(hidden(forget[pair[0]]), target)
+            yield Losses(away, away)
+            held = ops.misdirection_loss(hidden(retain[pair[1]]), kept[pair[1]])
+            yield Losses(self.alpha * held, retain=held)
 
-        return step
+        return of
 
 
 @dataclass(frozen=True)
@@ -304,11 +309,11 @@ def run(
     steps = config.steps if config.steps is not None else config.epochs * len(forget)
     pairs = list(zip(*order(config.seed, (len(forget), len(retain)), steps), strict=True))
     with training(model, places) as leaves:
-        losses = method.losses(
+        terms = method.terms(
             model, {f: forget[f] for f, _ in pairs}, {r: retain[r] for _, r in pairs}, pairs[0], config.seed
         )
         epoch = max(len(forget), len(retain))
-        found = descend(leaves, losses, pairs, lr, epoch, type(method).__name__, config.progress)
+        found = descend(leaves, terms, pairs, lr, epoch, type(method).__name__, config.progress)
     return _report(method, config, started, **found)
 
 

@@ -54,14 +54,22 @@ class RMisUConfig:
 
 
 def rmisu_loss(
-    forget: torch.Tensor, retain: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, alpha: float = 0.5
+    forget: torch.Tensor | None,
+    retain: torch.Tensor | None,
+    target: torch.Tensor,
+    kept: torch.Tensor | None,
+    alpha: float = 0.5,
 ) -> Losses:
     """(1 - alpha) mean ||forget - target||²/D + alpha mean ||retain - kept||²/D, for any training loop.
 
-    forget [T,D], retain [R,D]: `hidden_states` of a forget and a retain batch. target [D]: see `steering_target`. kept
-    [R,D]: the retain batch's hidden states before training. Returns (loss, forget's mean, retain's mean), scalars."""
-    away, held = ops.misdirection_loss(forget, target), ops.misdirection_loss(retain, kept)
-    return Losses((1 - alpha) * away + alpha * held, away, held)
+    forget [T,D], retain [R,D]: `hidden_states` of a forget and a retain batch; None leaves the term out: two calls and
+    two backward passes hold one graph at a time. target [D]: see `steering_target`. kept [R,D]: the retain batch's
+    hidden states before training. Returns scalars (loss, forget's mean, retain's mean)."""
+    away = None if forget is None else ops.misdirection_loss(forget, target)
+    held = None if retain is None or kept is None else ops.misdirection_loss(retain, kept)
+    terms = [] if away is None else [(1 - alpha) * away]
+    terms += [] if held is None else [alpha * held]
+    return Losses(torch.stack(terms).sum(), away, held)
 
 
 def hidden_states(
@@ -173,15 +181,17 @@ def misdirect(
     def hidden(batch: Batch) -> torch.Tensor:
         return hidden_states(model, batch, layer, config.positions, sites)
 
+    def terms(step: tuple[int, int]) -> Iterator[Losses]:
+        yield rmisu_loss(hidden(forget[step[0]]), None, target, None, config.alpha)
+        yield rmisu_loss(None, hidden(retain[step[1]]), target, kept[step[1]], config.alpha)
+
     with training(model, places) as leaves:
         with unedited(model):
             kept = {i: hidden(retain[i]) for i in sorted(set(retain_order))}
             target = steering_target(config, hidden(forget[forget_order[0]]), torch.cat(list(kept.values())))
         report = descend(
             leaves,
-            lambda step: rmisu_loss(
-                hidden(forget[step[0]]), hidden(retain[step[1]]), target, kept[step[1]], config.alpha
-            ),
+            terms,
             list(zip(forget_order, retain_order, strict=True)),
             config.lr,
             max(len(forget), len(retain)),

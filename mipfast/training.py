@@ -23,11 +23,10 @@ log = logging.getLogger("mipfast")
 
 
 class Losses(NamedTuple):
-    """loss is what a step descends; forget and retain are its parts before weighting, retain None where there is
-    none."""
+    """A step's loss or one term of it, and what it is made of before weighting; None what is no part of it."""
 
     loss: torch.Tensor
-    forget: torch.Tensor
+    forget: torch.Tensor | None = None
     retain: torch.Tensor | None = None
 
 
@@ -167,30 +166,34 @@ def check_steps(config: Any) -> None:
 
 def descend(
     leaves: Leaves,
-    loss_of: Callable[[Any], Losses],
+    terms_of: Callable[[Any], Iterable[Losses]],
     steps: Sequence[Any],
     lr: float,
     epoch: int,
     name: str,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """One Adam step without weight decay on loss_of(step) for every step. Returns the report of the run.
+    """One Adam step without weight decay for every step, on the sum of terms_of(step); each term goes backward before
+    the next is computed, so that only one holds a graph. Returns the report of the run.
 
     epoch: the number of steps after which some leaf must have got a gradient. Raises InputError where none did,
     DivergedError for a loss that is not finite."""
     started = time.monotonic()
     places = list(dict.fromkeys(leaf.place for leaf in leaves))
     optimizer = torch.optim.Adam([leaf.tensor for leaf in leaves], lr=lr)
-    seen: list[tuple[float, float | None]] = []
+    seen: dict[str, list[float]] = {"forget": [], "retain": []}
     moving: set[str] = set()
-    for step in tqdm(steps, desc=name, disable=not progress):
-        losses = loss_of(step)
-        if not bool(losses.loss.isfinite()):
-            raise DivergedError(f"the loss of step {len(seen)} of {name} is {losses.loss.item()}; lower lr ({lr})")
-        if losses.loss.requires_grad:  # not where a vision path meets batches without pictures
-            losses.loss.backward()
+    for done, step in enumerate(tqdm(steps, desc=name, disable=not progress)):
+        for term in terms_of(step):
+            if not bool(term.loss.isfinite()):
+                raise DivergedError(f"the loss of step {done} of {name} is {term.loss.item()}; lower lr ({lr})")
+            if term.loss.requires_grad:  # not where a vision path meets batches without pictures
+                term.loss.backward()
+            for part, values in seen.items():
+                if (value := getattr(term, part)) is not None:
+                    values.append(value.item())
         moving |= {leaf.place for leaf in leaves if leaf.place not in moving and _has_gradient(leaf.tensor)}
-        if len(seen) + 1 == epoch and not moving:
+        if done + 1 == epoch and not moving:
             raise InputError(
                 f"no gradient reaches {', '.join(places)}: input rows of neurons whose columns are zero do not "
                 "train alone, and a vision tower needs batches with pixel_values"
@@ -199,7 +202,6 @@ def descend(
         optimizer.zero_grad()
         for leaf in leaves:
             leaf.write()
-        seen.append((losses.forget.item(), None if losses.retain is None else losses.retain.item()))
     idle = sorted(set(places) - moving)
     if idle:
         log.warning("no gradient ever reached %s", ", ".join(idle))
@@ -207,8 +209,8 @@ def descend(
         "steps": len(steps),
         "trained": {place: sum(t.tensor.numel() for t in leaves if t.place == place) for place in places},
         "without_gradient": idle,
-        "forget_loss": [f for f, _ in seen],
-        "retain_loss": [r for _, r in seen if r is not None],
+        "forget_loss": seen["forget"],
+        "retain_loss": seen["retain"],
         "seconds": time.monotonic() - started,
     }
 

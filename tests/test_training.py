@@ -76,13 +76,13 @@ def test_whole_parameters_train_as_themselves_or_through_a_float32_master(dtype)
     batch, weight = text_batch(model, [9, 7], [2, 1]), model.model.layers[1].self_attn.q_proj.weight
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def loss(_):
+    def terms(_):
         value = model(**batch).loss
-        return Losses(value, value)
+        yield Losses(value, value)
 
     with training(model, {"q": [weight]}) as leaves:
         assert (leaves[0].tensor is weight) == (dtype == torch.float32)
-        report = descend(leaves, loss, range(30), 1e-3, 1, "test")
+        report = descend(leaves, terms, range(30), 1e-3, 1, "test")
     assert report["forget_loss"][-1] < report["forget_loss"][0] and report["retain_loss"] == []
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert moved == ["model.layers.1.self_attn.q_proj.weight"] and weight.dtype == dtype
@@ -93,9 +93,9 @@ def test_nothing_that_can_move_and_infinite_losses_are_named():
     zero = nn.Parameter(torch.zeros(()))
     with training(model, {"head": [model.lm_head.weight]}) as leaves:
         with pytest.raises(InputError, match="no gradient reaches head"):
-            descend(leaves, lambda _: Losses(zero * 1, zero * 1), range(3), 1e-3, 2, "test")
+            descend(leaves, lambda _: [Losses(zero * 1)], range(3), 1e-3, 2, "test")
         with pytest.raises(DivergedError, match="step 0 of test"):
-            descend(leaves, lambda _: Losses(zero / 0, zero), range(3), 1e-3, 2, "test")
+            descend(leaves, lambda _: [Losses(zero / 0)], range(3), 1e-3, 2, "test")
 
 
 def test_slices_of_something_else_than_a_projection_are_refused():
