@@ -165,7 +165,7 @@ def assert_same(shape, positions, forget, retain):
                 getattr(ours.model.layers[layer].mlp, name).weight[rows] = split.trained
             wanted.append(split.trained.grad)
     sites = find_sites(ours)
-    with training(ours, train_places(path, sites, LAYER, "path")[0]) as leaves:
+    with training(ours, train_places(path, sites, "path")) as leaves:
         mine = [
             ops.misdirection_loss(hidden_states(ours, forget, LAYER, positions), target),
             ops.misdirection_loss(hidden_states(ours, retain, LAYER, positions), before),

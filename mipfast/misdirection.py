@@ -17,6 +17,7 @@ from torch import nn
 from mipfast import ops
 from mipfast.capture import image_token, removing
 from mipfast.errors import InputError
+from mipfast.lora import adapter_slices, add_adapter, remove_adapter
 from mipfast.modes import unwrapped
 from mipfast.positions import Batch, Positions, text_rows, without_labels
 from mipfast.pruning import Neurons, active_prunes, check_neurons, neuron_slices
@@ -36,15 +37,18 @@ class RMisUConfig:
     (adaptive RMU, arXiv 2408.06223); none, 1 (RMU, and the released code with a coefficient of 10). alpha: weight of
     the retain loss, 1 - alpha of the forget loss.
     direction: gaussian, or uniform on [0,1) as released. trainable: path (the neurons' gate/up rows and down columns),
-    down (columns only), all (every FFN up to the layer: plain RMU). positions: where the losses look. steps: optimiser
-    steps, or epochs over the forget batches. lr: of Adam without weight decay. seed: direction and order of batches."""
+    down (columns only), lora (an adapter of lora_rank and lora_alpha restricted to the path, see mipfast.lora), all
+    (every FFN up to the layer: plain RMU). positions: where the losses look. steps: optimiser steps, or epochs over the
+    forget batches. lr: of Adam without weight decay. seed: direction and order of batches."""
 
     layer: int | None = None
     steering_coeff: float = 1.0
     unit: Literal["retain", "forget", "none"] = "retain"
     alpha: float = 0.5
     direction: Literal["gaussian", "uniform"] = "gaussian"
-    trainable: Literal["path", "down", "all"] = "path"
+    trainable: Literal["path", "down", "lora", "all"] = "path"
+    lora_rank: int = 8
+    lora_alpha: int = 16
     positions: Positions = "last_prompt"
     steps: int | None = None
     epochs: int = 1
@@ -166,6 +170,9 @@ def misdirect(
     are held at those of the model before any prune still in force. Returns a report: what trained, what could not,
     losses per step, the target's length, seconds.
 
+    With trainable="lora" the model then has the adapter, which `model.save_pretrained` writes; see
+    `mipfast.lora.fold_prune` for one that needs no prune.
+
     Raises InputError where nothing could train, DivergedError for a loss that is not finite."""
     started = time.monotonic()
     config = config or RMisUConfig()
@@ -175,8 +182,8 @@ def misdirect(
     forget, retain = take_batches(forget, retain)
     steps = config.steps if config.steps is not None else config.epochs * len(forget)
     forget_order, retain_order = order(config.seed, (len(forget), len(retain)), steps)
-    places, above = train_places(path, sites, layer, config.trainable)
-    check_no_hook(model, places)
+    neurons, above = reached(path, sites, layer, config.trainable)
+    check_no_hook(model, neurons)
 
     def hidden(batch: Batch) -> torch.Tensor:
         return hidden_states(model, batch, layer, config.positions, sites)
@@ -185,19 +192,19 @@ def misdirect(
         yield rmisu_loss(hidden(forget[step[0]]), None, target, None, config.alpha)
         yield rmisu_loss(None, hidden(retain[step[1]]), target, kept[step[1]], config.alpha)
 
-    with training(model, places) as leaves:
-        with unedited(model):
-            kept = {i: hidden(retain[i]) for i in sorted(set(retain_order))}
-            target = steering_target(config, hidden(forget[forget_order[0]]), torch.cat(list(kept.values())))
-        report = descend(
-            leaves,
-            terms,
-            list(zip(forget_order, retain_order, strict=True)),
-            config.lr,
-            max(len(forget), len(retain)),
-            "misdirect",
-            config.progress,
-        )
+    with ExitStack() as edit:
+        if config.trainable == "lora":
+            add_adapter(model, neurons, config.lora_rank, config.lora_alpha, config.seed)
+            edit.callback(remove_adapter, model)
+            sites = find_sites(model)
+        with training(model, train_places(neurons, sites, config.trainable)) as leaves:
+            with unedited(model):
+                kept = {i: hidden(retain[i]) for i in sorted(set(retain_order))}
+                target = steering_target(config, hidden(forget[forget_order[0]]), torch.cat(list(kept.values())))
+            pairs = list(zip(forget_order, retain_order, strict=True))
+            epoch = max(len(forget), len(retain))
+            report = descend(leaves, terms, pairs, config.lr, epoch, "misdirect", config.progress)
+        edit.pop_all()
     return report | {
         "config": asdict(config) | {"layer": layer},
         "seed": config.seed,
@@ -223,41 +230,49 @@ def check_config(config: RMisUConfig) -> None:
         raise InputError(f"unit={config.unit!r}; expected retain, forget or none")
     if not 0 <= config.alpha <= 1:
         raise InputError(f"alpha={config.alpha}; expected 0..1")
-    if config.trainable not in ("path", "down", "all"):
-        raise InputError(f"trainable={config.trainable!r}; expected path, down or all")
+    if config.trainable not in ("path", "down", "lora", "all"):
+        raise InputError(f"trainable={config.trainable!r}; expected path, down, lora or all")
+    if config.lora_rank < 1 or not config.lora_alpha > 0:
+        raise InputError(f"lora_rank={config.lora_rank}, lora_alpha={config.lora_alpha}; expected positive numbers")
     check_steps(config)
 
 
-def train_places(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[Places, list[str]]:
-    """({"stack/layer": what trains}, path entries above the steering layer, which no loss there can reach)."""
+def reached(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[Neurons, list[str]]:
+    """(the neurons to train, "stack/layer" of those above the steering layer, which no loss there can reach). Raises
+    InputError where there is nothing to train."""
     if trainable == "all":
-        return {
-            f"{stack.name}/{i}": [parameter for parameter, _ in (*stack.rows(i), *stack.columns(i))]
-            for stack in sites.stacks
-            for i in range(stack.num_layers if stack is not sites.text else layer + 1)
-        }, []
-    places: Places = {}
-    above = []
-    for (stack, i), index in path.items():
-        if stack == sites.text.name and i > layer:
-            above.append(f"{stack}/{i}")
-            continue
-        rows, columns = neuron_slices(sites, stack, i, index)
-        places[f"{stack}/{i}"] = columns if trainable == "down" else [*rows, *columns]
-    if not places:
+        path = {
+            (stack.name, i): torch.arange(stack.num_neurons) for stack in sites.stacks for i in range(len(stack.blocks))
+        }
+    chosen = {place: index for place, index in path.items() if place[0] != sites.text.name or place[1] <= layer}
+    above = [] if trainable == "all" else [f"{stack}/{i}" for stack, i in path if (stack, i) not in chosen]
+    if not chosen:
         raise InputError(
             f"nothing to train: the path has {len(path)} layers, {len(above)} of them above the steering layer {layer}"
         )
     if above:
         log.warning("%s lie above the steering layer %d: pruned perhaps, but not trained", ", ".join(above), layer)
-    return places, above
+    return chosen, above
 
 
-def check_no_hook(model: nn.Module, places: Places) -> None:
+def train_places(neurons: Neurons, sites: Sites, trainable: str) -> Places:
+    """{"stack/layer": what trains}."""
+    places: Places = {}
+    for (stack, i), index in neurons.items():
+        rows, columns = neuron_slices(sites, stack, i, index)
+        parts = columns if trainable == "down" else [*rows, *columns]
+        if trainable == "lora":
+            places[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
+        else:
+            places[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
+    return places
+
+
+def check_no_hook(model: nn.Module, neurons: Neurons) -> None:
     """Raises InputError where a prune by hook stands between the loss and what should train."""
     for handle in active_prunes(model):
         hooked = [
-            f"{stack}/{i}" for stack, i in handle.neurons if handle.mode == "activations" and f"{stack}/{i}" in places
+            f"{stack}/{i}" for stack, i in handle.neurons if handle.mode == "activations" and (stack, i) in neurons
         ]
         if hooked:
             raise InputError(

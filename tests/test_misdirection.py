@@ -159,7 +159,8 @@ def test_bfloat16_weights_train_through_float32_masters():
     [
         (dict(layer=4), "0..3"),
         (dict(direction="north"), "gaussian"),
-        (dict(trainable="lora"), "expected path, down or all"),
+        (dict(trainable="some"), "expected path, down, lora or all"),
+        (dict(trainable="lora", lora_rank=0), "lora_rank=0"),
         (dict(positions="last"), "last_prompt"),
     ],
 )
