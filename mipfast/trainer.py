@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -76,6 +77,8 @@ class RMisUTrainer(Trainer):
         self._examples_collator, self.data_collator = self.data_collator, self._collate
         self.model_accepts_loss_kwargs = False  # the loss is a mean of its own: accumulation divides it
         self.add_callback(_AroundStep(self))
+        # no parameter of the model itself trains: DistributedDataParallel would refuse it
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train. Raises InputError where nothing trained, DivergedError for a loss that is not finite."""

@@ -1,5 +1,9 @@
 """RMisUTrainer does what misdirect does, leaves the rest alone, and goes on where it was stopped."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import text_batch, tiny_llama
@@ -214,3 +218,29 @@ def test_what_cannot_be_trained_is_named(tmp_path):
     with pytest.raises(InputError, match="args.optim"):
         RMisUTrainer(model, path=path, optimizers=(torch.optim.SGD(model.parameters()), None))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+TWO = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+from test_trainer import case, trainer, weights
+torch.set_num_threads(1)
+model, path, forget, retain = case()
+pairs = list(zip(forget, retain)) + list(zip(retain, forget))
+trainer(model, path, pairs, {folder!r}, max_steps=3, ddp_backend="gloo").train()
+if torch.distributed.get_rank() == 0:
+    torch.save(weights(model), {folder!r} + "/weights.pt")
+"""
+
+
+def test_two_processes_average_their_gradients(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(here=str(Path(__file__).parent), folder=str(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    subprocess.run(launch, check=True, capture_output=True, timeout=120)
+    model, path, forget, retain = case()
+    pairs = list(zip(forget, retain, strict=True)) + list(zip(retain, forget, strict=True))
+    trainer(model, path, pairs, tmp_path, max_steps=3, gradient_accumulation_steps=2).train()
+    for name, tensor in torch.load(tmp_path / "weights.pt").items():
+        torch.testing.assert_close(tensor, dict(model.named_parameters())[name].detach(), rtol=1e-9, atol=1e-12)
