@@ -53,18 +53,18 @@ def adapter_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) ->
 
 
 def fold_prune(model: Any) -> None:
-    """Undo the prune in force and let the adapter do its work: k extra ranks on every output projection that lost k
+    """Undo the newest prune in force and let the adapter do its work: k extra ranks on every output projection that lost k
     columns. The model computes what it did, and what `model.save_pretrained` now writes loads in plain PEFT on the
     original base. Without it, load the saved adapter on prune(base, path).
 
-    Raises InputError without an adapter of `add_adapter` or exactly one prune, by weights, in force."""
+    Raises InputError without an adapter of `add_adapter` or a prune by weights in force."""
     prunes, config = active_prunes(model), getattr(model, "peft_config", {}).get(NAME)
-    if config is None or len(prunes) != 1 or prunes[0].mode != "weights":
+    if config is None or not prunes or prunes[-1].mode != "weights":
         raise InputError(
-            f"{len(prunes)} prunes in force and {'an' if config else 'no'} adapter; expected one of each, the prune by "
+            f"{len(prunes)} prunes in force and {'an' if config else 'no'} adapter; expected both, the newest prune by "
             "weights: prune, then misdirect with trainable='lora', then fold"
         )
-    handle, sites = prunes[0], find_sites(model)
+    handle, sites = prunes[-1], find_sites(model)
     names = {id(module): name for name, module in model.named_modules()}
     learned = {
         name: [module.lora_A[NAME].weight.data, module.lora_B[NAME].weight.data]
@@ -97,7 +97,7 @@ def _inject(model: Any, names: list[str], rank: int, alpha: int, **patterns: Any
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise InputError("trainable='lora' needs peft: pip install peft") from error
+        raise InputError("trainable='lora' needs peft: pip install mipfast[train]") from error
     if not hasattr(model, "add_adapter") or getattr(model, "peft_config", None):
         raise InputError(
             f"no LoRA adapter can be added to this {type(model).__name__}: expected a transformers model without one; "

@@ -1,6 +1,7 @@
 """A LoRA edit stays on the path and loads in plain PEFT: alone after fold_prune, else on the pruned base."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ from peft import PeftModel
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mipfast import DivergedError, InputError, NeuronPath, RMisUConfig, find_sites, misdirect, prune
+from mipfast import (
+    DivergedError,
+    InputError,
+    MIPConfig,
+    NeuronPath,
+    RMisUConfig,
+    find_sites,
+    misdirect,
+    prune,
+    unlearn,
+)
 from mipfast.lora import fold_prune
 from mipfast.pruning import active_prunes
 
@@ -133,3 +144,29 @@ def test_folding_needs_a_prune_and_an_adapter(caplog):
         fold_prune(model)
     with prune(model, path), pytest.raises(InputError, match="1 prunes in force and no adapter"):
         fold_prune(model)
+
+
+def test_the_paper_s_preset_leaves_the_weights_and_an_adapter(tmp_path):
+    model, _, forget, retain = case(tiny_qwen_vl)
+    words = [text_batch(model, [9, 8], [1, 2], seed=i) for i in range(2)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = unlearn(model, [*words, *forget], retain, MIPConfig.paper())
+    edit = report["misdirect"]["config"]
+    assert (edit["lr"], edit["epochs"], edit["trainable"]) == (2e-5, 4, "lora") and report["misdirect"]["steps"] == 16
+    assert {stack for stack, _ in report["path"]} == {s.name for s in find_sites(model).stacks}
+    for name, parameter in model.named_parameters():
+        assert "lora_" in name or torch.equal(parameter, before[name.replace("base_layer.", "")])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_qwen_vl(torch.float64), tmp_path)
+    torch.testing.assert_close(logits(loaded, forget), logits(model, forget), rtol=1e-10, atol=1e-12)
+
+
+def test_the_released_preset_runs():
+    model, _, forget, retain = case(tiny_qwen_vl, torch.float32)
+    words = [text_batch(model, [9, 8], [1, 2])]
+    with pytest.raises(InputError, match="layer=7"):
+        unlearn(model, [*words, *forget], retain, MIPConfig.released())
+    config = MIPConfig.released()
+    report = unlearn(model, [*words, *forget], retain, replace(config, rmisu=replace(config.rmisu, layer=1)))
+    assert report["misdirect"]["target_norm"] == pytest.approx(10)
+    assert report["locate"]["text"]["config"]["positions"] == "first" and report["misdirect"]["steps"] == 3
