@@ -53,9 +53,9 @@ def adapter_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) ->
 
 
 def fold_prune(model: Any) -> None:
-    """Undo the newest prune in force and let the adapter do its work: k extra ranks on every output projection that lost k
-    columns. The model computes what it did, and what `model.save_pretrained` now writes loads in plain PEFT on the
-    original base. Without it, load the saved adapter on prune(base, path).
+    """Undo the newest prune in force and let the adapter do its work: k extra ranks on every output projection that
+    lost k columns. The model computes what it did, and what `model.save_pretrained` now writes loads in plain PEFT on
+    the original base. Without it, load the saved adapter on prune(base, path).
 
     Raises InputError without an adapter of `add_adapter` or a prune by weights in force."""
     prunes, config = active_prunes(model), getattr(model, "peft_config", {}).get(NAME)
@@ -78,7 +78,7 @@ def fold_prune(model: Any) -> None:
         columns[names[id(sites[stack].outputs[layer])]] = (part, part.read(), sites[stack].transposed)
     handle.undo()
     for name, (part, pruned, transposed) in columns.items():
-        change = (pruned - part.read()) / scaling
+        change = (pruned - part.read()).to(torch.promote_types(pruned.dtype, torch.float32)) / scaling
         change = change.T if transposed else change  # [out,k]
         selected = nn.functional.one_hot(part.index, part.parameter.shape[part.dim])  # [k,in]
         a, b = learned.get(name, [selected[:0], change[:, :0]])

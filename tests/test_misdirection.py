@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES, Float64, build, pictures, text
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import NeuronPath, RMisUConfig, find_sites, hidden_states, misdirect, prune, rmisu_loss, steering_target
@@ -283,3 +284,19 @@ def test_a_loop_of_one_s_own_does_what_misdirect_does():
     assert losses == pytest.approx(both, rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), mine.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_of_every_family(name):
+    model = build(name)
+    batch = pictures(name, model) if FAMILIES[name].picture else text(name)
+    block, whole = find_sites(model).text.blocks[1], []
+    with Float64(), torch.no_grad():
+        handle = block.register_forward_hook(lambda module, args, output: whole.append(output))
+        model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        handle.remove()
+        states = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
+        for positions in ("last_prompt", "all"):
+            rows = text_rows(batch, positions).index
+            found = hidden_states(model, batch, 1, positions)
+            torch.testing.assert_close(found, states.flatten(0, 1)[rows], rtol=1e-9, atol=1e-12)
