@@ -23,6 +23,10 @@ _HOMES = {
     "prune": "pruning",
     "RMisUConfig": "misdirection",
     "misdirect": "misdirection",
+    "rmisu_loss": "misdirection",
+    "hidden_states": "misdirection",
+    "steering_target": "misdirection",
+    "RMisUTrainer": "trainer",
     "MIPConfig": "unlearning",
     "unlearn": "unlearning",
     "evaluate": "evaluation",
@@ -37,13 +41,14 @@ __all__ = [
     "ModelError",
     "__version__",
     "attacks",
+    "baselines",
     "ops",
     *_HOMES,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("attacks", "ops"):
+    if name in ("attacks", "baselines", "ops"):
         return import_module(f"mipfast.{name}")
     if name in _HOMES:
         return getattr(import_module(f"mipfast.{_HOMES[name]}"), name)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from families import FAMILIES, Float64, build, pictures, text
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
-from mipfast import NeuronPath, RMisUConfig, find_sites, misdirect, prune
+from mipfast import NeuronPath, RMisUConfig, find_sites, hidden_states, misdirect, prune, rmisu_loss, steering_target
 from mipfast.errors import DivergedError, InputError
+from mipfast.positions import text_rows
 
 
 def llama():
@@ -158,7 +160,8 @@ def test_bfloat16_weights_train_through_float32_masters():
     [
         (dict(layer=4), "0..3"),
         (dict(direction="north"), "gaussian"),
-        (dict(trainable="lora"), "expected path, down or all"),
+        (dict(trainable="some"), "expected path, down, lora or all"),
+        (dict(trainable="lora", lora_rank=0), "lora_rank=0"),
         (dict(positions="last"), "last_prompt"),
     ],
 )
@@ -186,3 +189,114 @@ def test_pictures_that_come_late_still_count():
     for seed in range(3):
         report = misdirect(model, seeing, forget, forget[:1], RMisUConfig(steps=5, seed=seed))
         assert report["without_gradient"] == []
+
+
+@pytest.mark.parametrize("positions", ["last_prompt", "answer", "prompt", "all", [0, 3]])
+@pytest.mark.parametrize("build", ["llama", "left", "pictures"])
+def test_hidden_states_of_a_stopped_and_shortened_pass_are_those_of_a_whole_one(build, positions):
+    model = tiny_qwen_vl(torch.float64) if build == "pictures" else tiny_llama(torch.float64)
+    batch = (
+        image_batch(model, 3, size=[56, (56, 84), []])
+        if build == "pictures"
+        else text_batch(model, [9, 6, 12], [2, 1, 6], padding="left" if build == "left" else "right")
+    )
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    rows = text_rows(batch, positions).index
+    found = [hidden_states(model, batch, layer, positions) for layer in (0, 1)]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    whole = model(**inputs, output_hidden_states=True).hidden_states
+    for layer in (0, 1):
+        torch.testing.assert_close(found[layer], whole[layer + 1].flatten(0, 1)[rows], rtol=1e-9, atol=1e-12)
+
+
+def test_tokens_that_no_chosen_position_sees_are_not_run():
+    model = tiny_llama()
+    batch = text_batch(model, [9, 12], [2, 6])  # the prompts end at 7 and 6
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda m, args, output: seen.append(tuple(args[0].shape[:2])))
+        for module in (model.model.layers[0].mlp, model.model.layers[2].mlp, model.model.layers[3].mlp)
+    ]
+    hidden_states(model, batch, 2)
+    assert seen == [(2, 7), (1, 2)]
+    for handle in handles:
+        handle.remove()
+    # a mask of its own shape: it is not known how to cut it
+    wide = batch | {"attention_mask": torch.ones(2, 1, 12, 12).tril().bool()}
+    plain = hidden_states(model, batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}, 2)
+    torch.testing.assert_close(hidden_states(model, wide, 2), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prune_by_hook_at_some_positions_acts_where_it_says():
+    model, forget, _ = llama()
+    path = path_of(model, layers=(2,), k=20)
+    with prune(model, path, "activations", positions=[6, 8]):  # the prompt of row 0 ends at 6
+        want = hidden_after(model, 2, forget[0])
+        torch.testing.assert_close(hidden_states(model, forget[0], 2), want)
+    assert not torch.allclose(hidden_states(model, forget[0], 2)[0], want[0])
+
+
+def test_the_loss_is_the_formula_s():
+    forget, retain, kept = (torch.randn(n, 5, dtype=torch.float64) for n in (4, 3, 3))
+    target = torch.randn(5, dtype=torch.float64)
+    found = rmisu_loss(forget.requires_grad_(), retain, target, kept, alpha=0.3)
+    away = sum((h - target).square().sum() for h in forget) / (4 * 5)
+    held = sum((h - k).square().sum() for h, k in zip(retain, kept, strict=True)) / (3 * 5)
+    torch.testing.assert_close(torch.stack(found), torch.stack([0.7 * away + 0.3 * held, away, held]))
+    found.loss.backward()
+    torch.testing.assert_close(forget.grad, 0.7 * 2 * (forget - target).detach() / 20)
+
+
+@pytest.mark.parametrize(("unit", "length"), [("retain", 5.0), ("forget", 13.0), ("none", 1.0)])
+def test_the_target_is_as_long_as_its_unit_says(unit, length):
+    kept, forget = torch.tensor([[3.0, 4.0], [0.0, 5.0]]), torch.tensor([[5.0, 12.0]])
+    target = steering_target(RMisUConfig(unit=unit, steering_coeff=2.0), forget, kept)
+    assert target.norm().item() == pytest.approx(2 * length)
+    # uniform on [0,1): no negative entry
+    assert (steering_target(RMisUConfig(unit=unit, direction="uniform"), forget, kept) >= 0).all()
+
+
+def test_the_adaptive_length_is_that_of_the_first_forget_batch_before_the_prune():
+    model, forget, retain = llama()
+    norms = [hidden_after(model, 2, batch).norm(dim=-1).mean().item() for batch in forget]
+    with prune(model, path_of(model)):
+        report = misdirect(model, path_of(model), forget, retain, RMisUConfig(layer=2, steps=1, unit="forget"))
+    assert min(abs(report["target_norm"] - norm) for norm in norms) < 1e-5 * max(norms)
+
+
+def test_a_loop_of_one_s_own_does_what_misdirect_does():
+    model, forget, retain = llama()
+    mine, config = tiny_llama(), RMisUConfig(layer=2, steps=3, trainable="all", lr=1e-2)
+    report = misdirect(model, NeuronPath(), forget[:1], retain[:1], config)
+    with torch.no_grad():
+        before, kept = hidden_states(mine, forget[0], 2), hidden_states(mine, retain[0], 2)
+    target = steering_target(config, before, kept)
+    trained = [p for n, p in mine.named_parameters() if "mlp" in n and "layers.3" not in n]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = rmisu_loss(hidden_states(mine, forget[0], 2), hidden_states(mine, retain[0], 2), target, kept).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    both = [0.5 * (f + r) for f, r in zip(report["forget_loss"], report["retain_loss"], strict=True)]
+    assert losses == pytest.approx(both, rel=1e-5)
+    for (name, a), b in zip(model.named_parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_of_every_family(name):
+    model = build(name)
+    batch = pictures(name, model) if FAMILIES[name].picture else text(name)
+    block, whole = find_sites(model).text.blocks[1], []
+    with Float64(), torch.no_grad():
+        handle = block.register_forward_hook(lambda module, args, output: whole.append(output))
+        model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        handle.remove()
+        states = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
+        for positions in ("last_prompt", "all"):
+            rows = text_rows(batch, positions).index
+            found = hidden_states(model, batch, 1, positions)
+            torch.testing.assert_close(found, states.flatten(0, 1)[rows], rtol=1e-9, atol=1e-12)
