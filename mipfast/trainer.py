@@ -55,7 +55,7 @@ class RMisUTrainer(Trainer):
     _before: list[torch.Tensor]
     _target: torch.Tensor
     _losses: Losses
-    _moved: bool
+    _moved: bool | None  # None before the first step
     _grad_norm: float
 
     def __init__(
@@ -87,10 +87,10 @@ class RMisUTrainer(Trainer):
         self.optimizer = self.lr_scheduler = None
         with training(self.model, train_places(self._neurons, self._sites, self.rmisu.trainable)) as self._leaves:
             self._before = [leaf.tensor.detach().clone() for leaf in self._leaves]
-            self._moved = False
+            self._moved = None
             self._target = self._measure_target()
             result = super().train(*args, **kwargs)
-        if not self._moved:
+        if self._moved is False:
             raise InputError(f"no gradient reached {', '.join(sorted({leaf.place for leaf in self._leaves}))}")
         return result
 
@@ -205,7 +205,7 @@ class _AroundStep(TrainerCallback):
             tensor.grad = trainer.accelerator.reduce(grad, reduction="mean")
         limit = args.max_grad_norm if args.max_grad_norm > 0 else float("inf")
         trainer._grad_norm = nn.utils.clip_grad_norm_(slices, limit).item()
-        trainer._moved = trainer._moved or trainer._grad_norm > 0
+        trainer._moved = bool(trainer._moved) or trainer._grad_norm > 0
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for leaf in self.trainer._leaves:

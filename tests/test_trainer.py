@@ -120,6 +120,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(dtype, tmp_path):
         found.append(weights(model))
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+    trainer(model, path, pairs, folder, **options).train(resume_from_checkpoint=True)  # nothing is left to do
 
     other, path, _, _ = case(dtype)
     with torch.no_grad():
@@ -209,6 +210,12 @@ def test_what_cannot_be_trained_is_named(tmp_path):
         done = trainer(model, path, pairs, tmp_path)
         done.train_dataset = [{"forget": forget[0]}]
         done.train()
+    blind = NeuronPath({(find_sites(model).text.name, 1): torch.arange(3)})
+    with pytest.raises(InputError, match="no gradient reached model.layers/1"), torch.no_grad():
+        find_sites(model).text.outputs[1].weight.zero_()
+        find_sites(model).text.inputs[1][0].weight.zero_()
+        with torch.enable_grad():
+            trainer(model, blind, pairs, tmp_path).train()
     with pytest.raises(InputError, match="empty"):
         done = trainer(model, path, pairs, tmp_path)
         done.train_dataset = []
