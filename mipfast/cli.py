@@ -277,7 +277,7 @@ def unlearn(
     _check_dtype(dtype)
     _quiet_transformers()
     groups = {"forget": forget, "retain": retain} | ({"general": general} if general else {})
-    edit = RMisUConfig(layer, steering, alpha, steps=steps, epochs=epochs, lr=lr, seed=seed)
+    edit = RMisUConfig(layer=layer, steering_coeff=steering, alpha=alpha, steps=steps, epochs=epochs, lr=lr, seed=seed)
     stage = pipeline.UnlearnStage(
         fraction=fraction,
         aggregate=aggregate,  # type: ignore[arg-type]  # select checks it

@@ -75,6 +75,11 @@ class UnlearnStage(MIPConfig):
         for config in filter(None, (self.text, self.vision)):
             config.resolved()
         check_config(self.rmisu)
+        if self.rmisu.trainable not in ("path", "down"):
+            raise InputError(
+                f"rmisu.trainable={self.rmisu.trainable!r}; expected path or down, whose result is a plain folder "
+                "(mipfast.unlearn in Python does lora, mipfast.misdirect all)"
+            )
 
 
 @dataclass(frozen=True)

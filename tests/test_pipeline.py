@@ -187,7 +187,7 @@ def test_a_kill_in_each_stage(finished, mllmu, demo, tmp_path, monkeypatch):
     points = [
         (Trainer, "training_step", 3),
         (streaming, "locate", 4),  # a chunk of the second set
-        (misdirection, "_hidden", 12),
+        (misdirection, "hidden_states", 12),
         (pipeline, "save_model", 1),
         (evaluation, "_write_rows", 2),  # vanilla
         (pipeline, "evaluate_records", 2),  # vanilla is finished in this process, unlearned not begun
