@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 bench: $(STAMP)
-	$(BIN)/pytest bench
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-columns=min,median,rounds
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Packages and the optional C++ extension `mipfast._C`; everything static is in pyproject.toml.
 
 MIPFAST_BUILD=auto (default) builds `_C` and goes on without it when CMake or the compiler fails,
-MIPFAST_BUILD=cpu fails with them, MIPFAST_BUILD=none does not try.
+MIPFAST_BUILD=cpu fails with them, MIPFAST_BUILD=cuda adds the CUDA C++ kernel (nvcc, no GPU needed),
+MIPFAST_BUILD=none does not try.
 """
 
 import logging
@@ -17,8 +18,8 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("MIPFAST_BUILD", "auto")
-if MODE not in ("auto", "cpu", "none"):
-    sys.exit(f"MIPFAST_BUILD={MODE!r}: expected auto, cpu or none")
+if MODE not in ("auto", "cpu", "cuda", "none"):
+    sys.exit(f"MIPFAST_BUILD={MODE!r}: expected auto, cpu, cuda or none")
 
 
 class CMakeBuild(build_ext):
@@ -28,7 +29,7 @@ class CMakeBuild(build_ext):
             try:
                 self.build_extension(ext)
             except Exception as error:
-                if MODE == "cpu":
+                if MODE in ("cpu", "cuda"):
                     raise
                 logging.warning("mipfast: the C++ extension was not built (%s); going on without it", error)
         if self.inplace:
@@ -52,6 +53,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DMIPFAST_CUDA={'ON' if MODE == 'cuda' else 'OFF'}",
             ]  # fmt: skip
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", build, "--config", "Release"], check=True)

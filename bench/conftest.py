@@ -1,12 +1,23 @@
-"""What every bench row carries (the machine, the commit), the clock, and what the bench of whole searches writes."""
+"""What every bench row carries: the machine and its limits, the commit, the clock; and the tables at the end."""
 
+import itertools
 import json
 import os
+import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ceilings  # noqa: E402
+import shapes  # noqa: E402
+from accuracy import assert_accurate  # noqa: E402
+from compare import table  # noqa: E402
+
+from mipfast import ops, reference  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -18,9 +29,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.locate_rows, config.locate_scaling = [], {}
+    config.op_rows, config.limits = [], None
+    if not shapes.GPU:
+        config.option.benchmark_timer = "time.process_time"  # a busy neighbour stretches the wall clock
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if config.op_rows:
+        terminalreporter.section("ops")
+        terminalreporter.write_line(table(config.op_rows))
     rows, scaling = config.locate_rows, config.locate_scaling
     if rows:
         terminalreporter.section("whole searches: baseline / ours")
@@ -78,6 +95,14 @@ def _commit():
     return head + ("-dirty" if changed else "")
 
 
+def _driver():
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.check_output(command, text=True).split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     try:
         from triton import __version__ as triton_version
@@ -91,43 +116,131 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if cuda else machine_info["cpu"].get("brand_raw", "cpu"),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if cuda else None,
+        "driver": _driver() if cuda else None,
+        "limits": config.limits,
         "threads": torch.get_num_threads(),
     }
 
 
-@pytest.fixture
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture(scope="session")
+def limits(pytestconfig):
+    """What this machine can do at most, measured once: {"copy": bytes/s, "fp32": FLOP/s, "bf16": FLOP/s}."""
+    pytestconfig.limits = ceilings.measured(shapes.DEVICE)
+    return pytestconfig.limits
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """timed(call, bytes_moved): times call() and notes GB/s and, on a GPU, the peak of allocated memory.
+def measure(benchmark, pytestconfig, limits, request):
+    """measure(op, provider, inputs, options, eager=, compiled=, moved=, flops=0, through=identity): asserts that the
+    provider computes the op, times it, and adds a row to the table.
 
-    On a GPU every round writes 256 MiB first, more than any L2 cache holds, and synchronises in the clock.
+    inputs: tensors by name, of the dtype measured; options: the op's other arguments. eager and compiled: plain
+    functions of both. through(function) is what is run, where that is more than the function. moved: bytes that have
+    to be read and written; flops: operations that have to be done. A kernel and the reference are held to the
+    design's accuracy rule, baselines to 2 % of the largest value (in bfloat16 they round where a kernel does not).
+
+    Rounds alternate with eager's, so that both meet the same machine. CPU: one thread, process time. GPU: 256 MiB
+    written before each round, more than any L2 holds, and a synchronisation in the clock.
     """
 
-    def run(call, bytes_moved):
-        if device == "cuda":
-            flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-            torch.cuda.reset_peak_memory_stats()
+    def run(op, provider, inputs, options, *, eager, compiled, moved, flops=0, through=lambda function: function):
+        def call_of(function, **tensors):
+            return lambda: through(function)(**(tensors or inputs), **options)
 
-            def setup():
+        call = _call(op, provider, call_of, eager, compiled)
+        benchmark.group = f"{op} {request.node.callspec.id.removeprefix(provider + '-')} {shapes.DEVICE}"
+        reference_op = getattr(reference, op)
+        gold = call_of(reference_op, **{name: tensor.double() for name, tensor in inputs.items()})()
+        eager32 = call_of(reference_op, **{name: tensor.float() for name, tensor in inputs.items()})()
+        for found, exact, ordinary in zip(*map(_listed, (call(), gold, eager32)), strict=True):
+            if provider == "reference" or provider in shapes.KERNELS:
+                assert_accurate(found, exact, ordinary, provider)
+            else:
+                assert (found.double() - exact).abs().max() <= 0.02 * exact.abs().max(), f"{provider} is wrong"
+        del gold, eager32
+        extra = benchmark.extra_info
+        extra["peak_mib"] = round(_peak_bytes(call) / 2**20, 1)
+        baseline, timed, eager_seconds = _alone(call_of(eager)), _alone(call), []
+        if shapes.GPU:
+            flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+
+        def setup():
+            start = benchmark._timer()
+            baseline()
+            eager_seconds.append(benchmark._timer() - start)
+            if shapes.GPU:
                 flush.zero_()
                 torch.cuda.synchronize()
 
-            def timed_call():
-                call()
-                torch.cuda.synchronize()
-
-            benchmark.pedantic(timed_call, setup=setup, rounds=50, warmup_rounds=5)
-            peak = torch.cuda.max_memory_allocated() - flush.numel()
-            benchmark.extra_info["peak_mib"] = round(peak / 2**20, 1)
-        else:
-            benchmark.pedantic(call, rounds=12, warmup_rounds=2)
-        if benchmark.stats is not None:  # None under --benchmark-disable
-            seconds = benchmark.stats.stats
-            benchmark.extra_info["gb_per_s_median"] = round(bytes_moved / seconds.median / 1e9, 2)
-            benchmark.extra_info["gb_per_s_best"] = round(bytes_moved / seconds.min / 1e9, 2)
+        start = benchmark._timer()
+        timed()
+        rounds = min(max(int(0.3 / (benchmark._timer() - start + 1e-9)), 3), 30)
+        benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # under --benchmark-disable
+            return
+        seconds = benchmark.stats.stats.median
+        extra["times_eager"] = round(statistics.median(eager_seconds[1:]) / seconds, 2)
+        extra["gb_per_s"] = round(moved / seconds / 1e9, 2)
+        extra["share_of_copy"] = round(moved / seconds / limits["copy"], 3)
+        if flops:
+            rate = limits["bf16" if next(iter(inputs.values())).dtype == torch.bfloat16 else "fp32"]
+            extra["tflop_per_s"] = round(flops / seconds / 1e12, 3)
+            extra["share_of_matmul"] = round(flops / seconds / rate, 3)
+        pytestconfig.op_rows.append(dict(group=benchmark.group, provider=provider, seconds=seconds, **extra))
 
     return run
+
+
+def _call(op, provider, call_of, eager, compiled):
+    if provider == "eager":
+        return call_of(eager)
+    if provider == "reference":
+        return call_of(getattr(reference, op))
+    if provider.startswith("compile-"):
+        torch._dynamo.reset()
+        return call_of(torch.compile(compiled[provider.removeprefix("compile-")], dynamic=False))
+    call = call_of(getattr(ops, op))
+
+    def by_backend():
+        with ops.backend(provider):
+            return call()
+
+    return by_backend
+
+
+def _listed(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _alone(call):
+    """Keeps no result, as the next round's would then need another buffer, and waits for the GPU."""
+
+    def run():
+        call()
+        if shapes.GPU:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _peak_bytes(call):
+    """The most that a call holds at once beyond its inputs: what it allocates through torch."""
+    if shapes.GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)

@@ -39,26 +39,40 @@ if [ "$dry" = 0 ] && { [ "$device" = cpu ] || [ "$device" = unknown ]; }; then
 fi
 
 failed=()
-part() {  # part NAME COMMAND...
-  local name=$1 start=$SECONDS; shift
+part() {  # part NAME SECONDS COMMAND...: stopped after SECONDS as by ctrl-C, so that pytest still writes its report
+  local name=$1 limit=$2 start=$SECONDS; shift 2
   echo "== $name: $*"
-  if "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: ok, $((SECONDS - start)) s"
+  if timeout -s INT -k 20 "$limit" "$@" 2>&1 | tee "$out/$name.log"; then echo "== $name: ok, $((SECONDS - start)) s"
   else failed+=("$name"); echo "== $name: FAILED, $((SECONDS - start)) s"; fi
 }
 
-rounds=(); ceilings=(); tests=(tests)
+build() {  # the CUDA C++ kernel too where nvcc is, else without
+  if command -v nvcc >/dev/null; then
+    MIPFAST_BUILD=cuda "$python" -m pip install -e . --no-build-isolation --no-deps && return
+    echo "MIPFAST_BUILD=cuda failed; building without"
+  fi
+  "$python" -m pip install -e . --no-build-isolation --no-deps
+}
+export -f build; export python
+
+bench=(); ceilings=(); locate=(bench/test_bench_locate.py)
+tests=(tests/test_riemann_*.py tests/test_project_accumulate.py tests/test_misdirection_loss.py tests/test_locate_backends.py)
 if [ "$dry" = 1 ]; then
-  rounds=(--benchmark-disable)
+  bench=(--benchmark-disable -k "eager or cpp")
   ceilings=(--rounds 2 --mib 64 --matmul 256)
+  locate=(bench/test_bench_locate.py::test_memory)
   tests=(tests/test_riemann_accumulate.py tests/test_reference.py)
 fi
 
-part build "$python" -m pip install -e . --no-build-isolation --no-deps
-part backends "$python" -c 'from mipfast import backend; [print(*row) for row in backend.status()]'
-part ceilings "$python" bench/ceilings.py "${ceilings[@]}"
-part tests "$python" -m pytest -q "${tests[@]}"
-part bench "$python" -m pytest -q bench "${rounds[@]}" --benchmark-json="$out/bench.json"
+part build 120 bash -c build
+part backends 30 "$python" -c 'from mipfast import backend; [print(*row) for row in backend.status()]'
+part ceilings 30 "$python" bench/ceilings.py "${ceilings[@]}"
+part tests 120 "$python" -m pytest -q "${tests[@]}"
+part ops 240 "$python" -m pytest -q bench --ignore=bench/test_bench_locate.py "${bench[@]}" --benchmark-json="$out/ops.json"
+part locate 100 "$python" -m pytest -q "${locate[@]}" --locate-json="$out/locate.json"
 
 echo "results: $out"
+[ -s "$out/ops.json" ] && "$python" bench/compare.py "$out/ops.json"
+sed -n '/baseline \/ ours/,/^$/p' "$out/locate.log"
 if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}"; exit 1; fi
 echo "all parts passed"

@@ -1,6 +1,11 @@
 #include <pybind11/pybind11.h>
 
+#include "misdirection_loss.h"
 #include "riemann_accumulate.h"
+#include "riemann_interpolate.h"
+#ifdef MIPFAST_CUDA
+#include "riemann_accumulate_cuda.h"
+#endif
 
 namespace py = pybind11;
 using mipfast::Dtype;
@@ -33,4 +38,57 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("grad"), py::arg("grad_dtype"), py::arg("weights"), py::arg("act"),
       py::arg("act_dtype"), py::arg("s1"), py::arg("s2"), py::arg("steps"), py::arg("groups"),
       py::arg("rows_per_group"), py::arg("neurons"));
+
+  m.def(
+      "misdirection_loss",
+      [](uintptr_t hidden, Dtype hidden_dtype, uintptr_t target, Dtype target_dtype, bool one_target,
+         uintptr_t kept, int64_t rows, int64_t width) {
+        py::gil_scoped_release release;
+        return mipfast::misdirection_loss(at<const void>(hidden), hidden_dtype, at<const void>(target),
+                                          target_dtype, one_target, at<const uint8_t>(kept), rows, width);
+      },
+      py::kw_only(), py::arg("hidden"), py::arg("hidden_dtype"), py::arg("target"), py::arg("target_dtype"),
+      py::arg("one_target"), py::arg("kept"), py::arg("rows"), py::arg("width"));
+
+  m.def(
+      "misdirection_gradient",
+      [](uintptr_t hidden, Dtype hidden_dtype, uintptr_t target, Dtype target_dtype, bool one_target,
+         uintptr_t kept, double d_loss, uintptr_t gradient, int64_t rows, int64_t width) {
+        py::gil_scoped_release release;
+        mipfast::misdirection_gradient(at<const void>(hidden), hidden_dtype, at<const void>(target),
+                                       target_dtype, one_target, at<const uint8_t>(kept), d_loss,
+                                       at<void>(gradient), rows, width);
+      },
+      py::kw_only(), py::arg("hidden"), py::arg("hidden_dtype"), py::arg("target"), py::arg("target_dtype"),
+      py::arg("one_target"), py::arg("kept"), py::arg("d_loss"), py::arg("gradient"), py::arg("rows"),
+      py::arg("width"));
+
+  m.def(
+      "riemann_interpolate",
+      [](uintptr_t act, Dtype dtype, uintptr_t alphas, uintptr_t names, uintptr_t out, int64_t steps,
+         int64_t rows, int64_t neurons, int64_t names_per_row) {
+        py::gil_scoped_release release;
+        mipfast::riemann_interpolate(at<const void>(act), dtype, at<const float>(alphas),
+                                     at<const int64_t>(names), at<void>(out), steps, rows, neurons,
+                                     names_per_row);
+      },
+      py::kw_only(), py::arg("act"), py::arg("dtype"), py::arg("alphas"), py::arg("names"), py::arg("out"),
+      py::arg("steps"), py::arg("rows"), py::arg("neurons"), py::arg("names_per_row"));
+
+#ifdef MIPFAST_CUDA
+  m.def("cuda_trouble", &mipfast::cuda_trouble);
+  m.def(
+      "riemann_accumulate_cuda",
+      [](uintptr_t grad, Dtype grad_dtype, uintptr_t weights, uintptr_t act, Dtype act_dtype, uintptr_t s1,
+         uintptr_t s2, int64_t steps, int64_t groups, int64_t rows_per_group, int64_t rows_per_split,
+         int64_t neurons, uintptr_t stream) {
+        py::gil_scoped_release release;
+        mipfast::riemann_accumulate_cuda(at<const void>(grad), grad_dtype, at<const float>(weights),
+                                         at<const void>(act), act_dtype, at<float>(s1), at<float>(s2), steps,
+                                         groups, rows_per_group, rows_per_split, neurons, at<void>(stream));
+      },
+      py::kw_only(), py::arg("grad"), py::arg("grad_dtype"), py::arg("weights"), py::arg("act"),
+      py::arg("act_dtype"), py::arg("s1"), py::arg("s2"), py::arg("steps"), py::arg("groups"),
+      py::arg("rows_per_group"), py::arg("rows_per_split"), py::arg("neurons"), py::arg("stream"));
+#endif
 }

@@ -1,10 +1,8 @@
 #pragma once
 
-#include <cstdint>
+#include "dtypes.h"
 
 namespace mipfast {
-
-enum class Dtype { float32, bfloat16, float16 };
 
 // s1[g, f] = sum_{r in group g} act[r, f] * sum_k weights[k] * grad[k, r, f]
 // s2[g, f] = sum_{r in group g} sum_k weights[k] * grad[k, r, f]^2

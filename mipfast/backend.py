@@ -3,7 +3,7 @@
 reference  plain torch, always there
 triton     CUDA tensors (CPU tensors too in Triton's interpreter, TRITON_INTERPRET=1, for tests)
 cpp        CPU tensors, where the extension `mipfast._C` was built
-cuda       known, not built yet
+cuda       CUDA tensors, riemann_accumulate only, where `mipfast._C` was built with MIPFAST_BUILD=cuda
 """
 
 import contextlib
@@ -61,7 +61,13 @@ def _probe(name: str) -> tuple[bool, str]:
         if not torch.cuda.is_available():
             return False, "torch sees no GPU: use backend 'cpp' or 'reference'"
         return True, f"{torch.cuda.get_device_name()}, CUDA tensors"
-    return False, "no CUDA C++ kernel is built: use backend 'triton' on CUDA tensors"
+    if not hasattr(load_extension(), "riemann_accumulate_cuda"):
+        return False, "no CUDA C++ kernel is built: use backend 'triton', or install with MIPFAST_BUILD=cuda (nvcc)"
+    if trouble := load_extension().cuda_trouble():
+        return False, f"mipfast._C has the CUDA kernel, but {trouble}"
+    if not torch.cuda.is_available():
+        return False, "mipfast._C has the CUDA kernel, but this torch sees no GPU"
+    return True, f"mipfast._C, {torch.cuda.get_device_name()}, riemann_accumulate of CUDA tensors"
 
 
 def status() -> list[tuple[str, bool, str]]:
@@ -99,7 +105,7 @@ def _refusal(name: str, tensor: torch.Tensor) -> str | None:
         return f"it takes float32, bfloat16 or float16, found {tensor.dtype}"
     if name == "cpp" and tensor.device.type != "cpu":
         return f"it takes CPU tensors, found {tensor.device}"
-    if name == "triton" and not (tensor.is_cuda or interpreting()):
+    if name in ("triton", "cuda") and not (tensor.is_cuda or (name == "triton" and interpreting())):
         return f"it takes CUDA tensors, found {tensor.device}"
     return None
 

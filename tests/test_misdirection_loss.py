@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from accuracy import DEVICE, DTYPES, assert_accurate
+from accuracy import BACKENDS, DEVICE, DTYPES, assert_accurate
 
+from mipfast import backend as backends
 from mipfast import ops, reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -64,6 +65,34 @@ def test_scaled_gradients_do_not_underflow(backend, device):
     hidden = torch.full((8, 4096), 1e-4, dtype=torch.float16, device=device, requires_grad=True)
     (65536 * ops.misdirection_loss(hidden, hidden.new_zeros(4096))).backward()
     assert (hidden.grad > 1e-4).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 2.0**-14, 1e-6, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gradients_round_as_torch_rounds(backend, device, dtype, scale):
+    """All 65536 values, NaN and infinities among them."""
+    if backend == "triton" and backends.interpreting():
+        pytest.skip("the interpreter rounds to bfloat16 toward zero")
+    values = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    hidden = values[None].clone().requires_grad_()
+    (ops.misdirection_loss(hidden, torch.zeros_like(values)) * (scale * 2**15)).backward()
+    torch.testing.assert_close(hidden.grad[0], (values.float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_same_bits_for_any_number_of_threads():
+    if "cpp" not in BACKENDS:
+        pytest.skip("mipfast._C was not built")
+    hidden, target, mask = inputs((50, 1000), torch.float32, True, True, "cpu")
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with ops.backend("cpp"):
+                found.append(value_and_gradients(ops.misdirection_loss, hidden, target, mask)[:2])
+    finally:
+        torch.set_num_threads(threads)
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
 
 
 def test_same_bits_every_run(backend, device):
