@@ -42,3 +42,20 @@ def randn(*size, dtype=torch.float32, scale=1.0):
 
 def rand(size):
     return torch.rand(size, generator=torch.Generator(DEVICE).manual_seed(size), device=DEVICE)
+
+
+def named(rows, neurons, count=5):
+    """[rows, count]: each row's path, a neuron named twice in one row and none in another, as `ops` allows."""
+    path = torch.stack(
+        [torch.randperm(neurons, generator=torch.Generator().manual_seed(r))[:count] for r in range(rows)]
+    )
+    path[0, 1], path[-1] = path[0, 0], -1
+    return path.to(DEVICE)
+
+
+def once(neurons):
+    """(indices, where they name nothing: -1, or a neuron that the row has named already)."""
+    ordered = neurons.sort(1).values
+    off = ordered < 0
+    off[:, 1:] |= ordered[:, 1:] == ordered[:, :-1]
+    return ordered.clamp(min=0), off

@@ -8,7 +8,7 @@ import torch
 from shapes import DEVICE, DTYPES, GPU, label, providers, randn
 
 # (rows, width, whether half of the rows are masked)
-SHAPES = [(64, 2048, False), (1024, 2048, False), (512, 3584, True)]
+SHAPES = [(64, 2048, False), (64, 11008, False), (1024, 2048, False), (512, 3584, True)]
 if GPU:
     SHAPES += [(4096, 3584, False), (16384, 5120, True)]
 

@@ -5,28 +5,31 @@ Bytes: act read once, m rows written.
 
 import pytest
 import torch
-from shapes import DEVICE, DTYPES, FFN, GPU, TEXT, VISION, label, providers, rand, randn
+from shapes import DTYPES, FFN, GPU, TEXT, VISION, label, named, once, providers, rand, randn
 
 SHAPES = [*TEXT, VISION[1], VISION[-1]] if GPU else [("qwen2.5-vl-vit", 2, 1024, 1), ("qwen2.5-3b", 4, 64, None)]
-PATH = 5
 
 
 def copies(act, alphas, neurons):
     out = act.new_empty(len(alphas), *act.shape)
+    if neurons is not None:
+        neurons, off = once(neurons)
+        moving = act.gather(1, neurons).masked_fill(off, 0)
     for row, alpha in zip(out, alphas.tolist(), strict=True):
         if neurons is None:
             torch.mul(act, alpha, out=row)
         else:
-            row.copy_(act).scatter_(1, neurons, act.gather(1, neurons) * alpha)
+            row.copy_(act).scatter_add_(1, neurons, moving * (alpha - 1))
     return out
 
 
 def formula(act, alphas, neurons):
     factors = alphas[:, None, None]
     if neurons is not None:
-        factors = torch.ones_like(act, dtype=torch.float32).expand(len(alphas), -1, -1)
+        neurons, off = once(neurons)
         index = neurons.expand(len(alphas), -1, -1)
-        factors = factors.scatter(2, index, alphas[:, None, None].expand_as(index))
+        change = (alphas - 1)[:, None, None].expand_as(index).masked_fill(off, 0)
+        factors = torch.ones_like(act, dtype=torch.float32).expand(len(alphas), -1, -1).scatter_add(2, index, change)
     return (factors * act.float()).to(act.dtype)
 
 
@@ -37,7 +40,7 @@ def formula(act, alphas, neurons):
 def test_bench_riemann_interpolate(measure, provider, shape, neurons, dtype):
     name, steps, rows, _ = shape
     act = randn(rows, FFN[name][1], dtype=DTYPES[dtype])
-    path = torch.rand(rows, FFN[name][1], device=DEVICE).topk(PATH).indices if neurons == "path" else None
+    path = named(rows, FFN[name][1]) if neurons == "path" else None
     measure(
         "riemann_interpolate",
         provider,

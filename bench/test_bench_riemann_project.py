@@ -4,18 +4,17 @@ A product per step, what the formula says, is the reference. Operations: 2 R H F
 """
 
 import pytest
-import torch
-from shapes import DEVICE, DTYPES, FFN, GPU, TEXT, VISION, label, providers, rand, randn
+from shapes import DTYPES, FFN, GPU, TEXT, VISION, label, named, once, providers, rand, randn
 
 SHAPES = [*TEXT, VISION[1], VISION[-1]] if GPU else [("qwen2.5-vl-vit", 2, 256, 1), ("qwen2.5-3b", 4, 4, None)]
-PATH = 5
 
 
 def linear(act, weight, alphas, neurons):
     base, factors = act @ weight.t(), alphas[:, None, None]
     if neurons is None:
         return (factors * base).to(act.dtype)
-    moving = (act.gather(1, neurons)[:, None] @ weight.t()[neurons])[:, 0]
+    neurons, off = once(neurons)
+    moving = (act.gather(1, neurons).masked_fill(off, 0)[:, None] @ weight.t()[neurons])[:, 0]
     return (base + (factors - 1) * moving).to(act.dtype)
 
 
@@ -27,7 +26,7 @@ def test_bench_riemann_project(measure, provider, shape, neurons, dtype):
     name, steps, rows, _ = shape
     hidden, width = FFN[name]
     act, weight = randn(rows, width, dtype=DTYPES[dtype]), randn(hidden, width, dtype=DTYPES[dtype], scale=0.02)
-    path = torch.rand(rows, width, device=DEVICE).topk(PATH).indices if neurons == "path" else None
+    path = named(rows, width) if neurons == "path" else None
     measure(
         "riemann_project",
         provider,
