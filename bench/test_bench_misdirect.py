@@ -32,13 +32,8 @@ LAYER, LR, WORDS = 7, 1e-4, 4000
 PROCEDURES = ("released", "all gradients")
 # (layers, hidden): the released code's models have 28 to 36 layers; with 12, layer 7 is `misdirect`'s own choice
 SHAPES = {"layer 7 of 32": (32, 256), "layer 7 of 12": (12, 512)}
-# (floor, target) of the ratio
-GOALS = {
-    ("layer 7 of 32", "last_prompt"): (4, 4.5),
-    ("layer 7 of 32", "all"): (2.5, 3),
-    ("layer 7 of 12", "last_prompt"): (1.8, 2.2),
-    ("layer 7 of 12", "all"): (1.5, 1.8),
-}
+# (floor, target) of the ratio. With 12 layers two thirds of the blocks run on either side: 2.2 is what is left there
+GOAL = (4, 4.5)
 MEMORY_GOAL = (0.6, 0.5)
 
 
@@ -237,7 +232,7 @@ def test_step(name, positions, benchmark, row, rounds=3):
     best = {which: min(times) for which, times in taken.items()}
     for which in PROCEDURES:
         note = f"{best[which]:.3f} s / {best['ours']:.3f} s"
-        row(f"step, {name}, {positions}, {which}", best[which] / best["ours"], GOALS[name, positions], note)
+        row(f"step, {name}, {positions}, {which}", best[which] / best["ours"], GOAL, note)
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's peak RSS")
