@@ -79,6 +79,8 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
 
     identity: what the results depend on; facts are written beside it and not compared. Raises ArtefactError where the
     folder is another run's."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(f"{folder} is a file; expected a folder, or a name that is free")
     identity = json.loads(json.dumps(identity))  # as it will be read back
     found = read_run(folder)
     if found is None:

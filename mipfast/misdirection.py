@@ -84,6 +84,8 @@ def hidden_states(
 
     sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
     stack = (sites or find_sites(model)).text
+    if not 0 <= layer < stack.num_layers:
+        raise InputError(f"layer={layer}; the text stack has layers 0..{stack.num_layers - 1}")
     block, ffn = stack.blocks[layer], stack.ffns[layer]
     inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
 

@@ -26,8 +26,8 @@ from mipfast.evaluation import Judgement, evaluate_records
 from mipfast.files import claim, machine, versions, write_atomic, write_json
 from mipfast.finetuning import FinetuneConfig
 from mipfast.misdirection import RMisUConfig, check_config
-from mipfast.path import NeuronPath
-from mipfast.samples import Batches, Encoder, load_model, save_model
+from mipfast.path import Aggregate, NeuronPath
+from mipfast.samples import Batches, Encoder, check_device, load_model, save_model
 from mipfast.sites import Sites, find_sites
 from mipfast.unlearning import MIPConfig, edit, select_path, weighs_damage
 
@@ -48,6 +48,14 @@ class Data:
         """{role: records}."""
         options: dict[str, Any] = {"names": self.names, "limit": self.limit, "seed": seed}
         return {role: load_groups(self.source, groups, **options) for role, groups in self.groups.items()}
+
+    def check(self) -> None:
+        """Raises InputError for a table with two roles."""
+        roles: dict[str, str] = {}
+        for role, groups in self.groups.items():
+            for group in groups:
+                if roles.setdefault(str(group), role) != role:
+                    raise InputError(f"table {group} is to {roles[str(group)]} and to {role}; expected one role each")
 
     def all(self, seed: int) -> list[Record]:
         """Whatever their role."""
@@ -72,6 +80,11 @@ class UnlearnStage(MIPConfig):
         """Raises InputError for what cannot be used."""
         if missing := [role for role in ("forget", "retain") if not self.data.groups.get(role)]:
             raise InputError(f"unlearning has no tables to {' and to '.join(missing)}; found {self.data.groups}")
+        self.data.check()
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction={self.fraction}; expected a share of the neurons in (0, 1]")
+        if self.aggregate not in get_args(Aggregate):
+            raise InputError(f"aggregate={self.aggregate!r}; expected {' or '.join(get_args(Aggregate))}")
         for config in filter(None, (self.text, self.vision)):
             config.resolved()
         check_config(self.rmisu)
@@ -148,11 +161,14 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     OUT/config.yaml, run.json, stages.json; finetune/model; locate/<set>; unlearn/{model, path, report.json};
     eval/{vanilla, unlearned}. Raises ArtefactError where OUT is another experiment's, and what the stages raise."""
     experiment.check()
+    experiment.eval.data.check()
     out, settings, seed = Path(experiment.out), _settings(experiment), experiment.seed
     if not (out / "stages.json").exists():  # a damaged table shows now, not in hours, and claims no folder
         for part in (experiment.finetune, experiment.unlearn, experiment.eval):
             if part:
                 part.data.load(seed)
+        Encoder.from_pretrained(experiment.model)
+        _device(experiment.device)
     compared = {name: value for name, value in settings.items() if name not in ("title", "out", "device")}
     compared["eval"] = {name: value for name, value in settings["eval"].items() if name != "batch_size"}
     claim(out, {"config": compared}, {"versions": versions()})
@@ -260,6 +276,10 @@ def _sets(
 
 def _locate(model: Any, encoder: Encoder, roles: dict[str, list[Record]], stage: UnlearnStage, out: Path) -> None:
     options: dict[str, Any] = {"batch_size": stage.batch_size, "aggregate": True}
+    if not any(record.modality == "text" for record in roles["forget"]):
+        log.warning(
+            "the forget tables ask about pictures alone, so the text tower is not edited; `names` asks them in text too"
+        )
     for name, (records, config) in _sets(roles, stage, find_sites(model)).items():
         config = replace(config, progress=stage.progress)
         streaming.locate_file(model, encoder, records, out / "locate" / name, config, **options)
@@ -350,6 +370,7 @@ def _flags(
 
 
 def _device(given: str | None) -> str:
+    check_device(given)
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -294,8 +294,17 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: str = "auto") -> 
     folder runs. Raises ModelError where there is none."""
     from transformers import AutoConfig
 
+    check_device(device)
     model = _loaded(auto_class(_loaded(AutoConfig, folder)), folder, dtype=dtype)
     return model.eval().to(device)
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for one that torch does not have here; None is any."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={device!r} is not to be had here ({_first_line(error)}); expected cpu") from error
 
 
 def save_model(model: Any, source: str | Path, folder: str | Path) -> None:

@@ -292,11 +292,15 @@ def test_hidden_states_of_every_family(name):
     batch = pictures(name, model) if FAMILIES[name].picture else text(name)
     block, whole = find_sites(model).text.blocks[1], []
     with Float64(), torch.no_grad():
-        handle = block.register_forward_hook(lambda module, args, output: whole.append(output))
+
+        def keep(module, args, output):
+            # a copy: transformers 4 adds Qwen3-VL's deepstack to it in place
+            whole.append((output[0] if isinstance(output, tuple) else output).clone())
+
+        handle = block.register_forward_hook(keep)
         model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
         handle.remove()
-        states = whole[0][0] if isinstance(whole[0], tuple) else whole[0]
         for positions in ("last_prompt", "all"):
             rows = text_rows(batch, positions).index
             found = hidden_states(model, batch, 1, positions)
-            torch.testing.assert_close(found, states.flatten(0, 1)[rows], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found, whole[0].flatten(0, 1)[rows], rtol=1e-9, atol=1e-12)

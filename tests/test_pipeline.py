@@ -426,3 +426,29 @@ def test_groups_of_several_sources_and_their_limit(mllmu):
     assert few != data.load_groups(train, ["forget_5", "retain_95"], names=bench, limit=3, seed=2)
     with pytest.raises(InputError, match="limit=0"):
         data.load_groups(train, ["forget_5"], limit=0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(fraction=1.5), "fraction=1.5"),
+        (dict(aggregate="foo"), "aggregate='foo'"),
+        (dict(data=pipeline.Data("x", {"forget": ["a", "b"], "retain": ["b"]})), "table b is to forget and to retain"),
+        (dict(text=LocateConfig("text", positions="propmt")), "positions='propmt'"),
+        (dict(vision=LocateConfig("vision", n_steps=0)), "n_steps"),
+        (dict(rmisu=RMisUConfig(trainable="lora")), "plain folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(changes, message):
+    tables = pipeline.Data("x", {"forget": ["a"], "retain": ["b"]})
+    with pytest.raises(InputError, match=message):
+        pipeline.UnlearnStage(**{"data": tables, **changes}).check()
+
+
+def test_a_file_in_the_place_of_the_folder_and_a_device_that_is_not_there(mllmu, demo, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ArtefactError, match="is a file"):
+        pipeline.run(pipeline.Experiment.from_yaml(small(mllmu, demo, tmp_path / "taken")))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device='cuda' is not to be had here"):
+            samples.load_model(demo, "cuda")
