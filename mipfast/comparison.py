@@ -236,7 +236,7 @@ def overview(comparison: Comparison) -> Grid:
         lines.append([row.label, *rates, ", ".join(named)])
     of = ", ".join(f"{task} {metric}" for task, metric in comparison.headline) or "nothing: no headline metric is here"
     note = "forgotten = 100 (vanilla − now) / vanilla on the forget set; kept = 100 now / vanilla. "
-    note += f"Each is the mean over {of}. "
+    note += f"Each is the mean over {of}, of those in which the vanilla model is above 0. "
     if "choice" in dict(comparison.headline):
         note += "A model that guesses still picks some choices right: of these it never forgets 100 %."
     before = sum(row.is_vanilla for row in comparison.rows)
