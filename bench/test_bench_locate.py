@@ -138,14 +138,6 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def text():
     return llama(), text_batch(56, 8)

@@ -15,20 +15,20 @@ import copy
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from mipfast import RMisUConfig, find_sites, hidden_states, misdirect, ops, steering_target
-from mipfast.misdirection import train_places
-from mipfast.training import training
+sys.path.insert(0, str(Path(__file__).parent))
+from test_bench_locate import DEVICE, WORDS, llama, seconds  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYER, LR, WORDS = 7, 1e-4, 4000
+from mipfast import RMisUConfig, find_sites, hidden_states, misdirect, ops, steering_target  # noqa: E402
+from mipfast.misdirection import train_places  # noqa: E402
+from mipfast.training import training  # noqa: E402
+
+LAYER, LR = 7, 1e-4
 PROCEDURES = ("released", "all gradients")
 # (layers, hidden): the released code's models have 28 to 36 layers; with 12, layer 7 is `misdirect`'s own choice
 SHAPES = {"layer 7 of 32": (32, 256), "layer 7 of 12": (12, 512)}
@@ -37,19 +37,8 @@ GOAL = (4, 4.5)
 MEMORY_GOAL = (0.6, 0.5)
 
 
-def llama(layers, hidden):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval().to(DEVICE)
+def model_of(layers, hidden):
+    return llama(layers, hidden, 3 * hidden)
 
 
 def batch(seed, samples=4, prompt=56, answer=8):
@@ -142,7 +131,7 @@ def target_of(model, positions, forget, retain):
 
 def assert_same(shape, positions, forget, retain):
     """Equal losses and equal gradients of the trained rows, after one step that moved the retain set too."""
-    model = llama(*shape)
+    model = model_of(*shape)
     path, target = path_of(model), target_of(model, positions, forget, retain)
     with torch.no_grad():
         before = hidden_states(model, retain, LAYER, positions)
@@ -151,7 +140,7 @@ def assert_same(shape, positions, forget, retain):
     away, held = released.losses(forget, retain)
     released.optimizer.zero_grad()
     (0.5 * away + 0.5 * held).backward()
-    ours, sites = llama(*shape), find_sites(model)
+    ours, sites = model_of(*shape), find_sites(model)
     wanted = []
     for (_, layer), rows in path.items():
         for name in ("gate_proj", "up_proj"):
@@ -173,26 +162,6 @@ def assert_same(shape, positions, forget, retain):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
-def seconds(call):
-    clock = time.process_time
-    if DEVICE == "cuda":
-        clock = time.perf_counter
-        torch.cuda.synchronize()
-    start = clock()
-    call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def row(benchmark, pytestconfig):
     def add(name, ratio, goal, note):
@@ -209,10 +178,10 @@ def row(benchmark, pytestconfig):
 def test_step(name, positions, benchmark, row, rounds=3):
     shape, forget, retain = SHAPES[name], batch(1), batch(2)
     assert_same(shape, positions, forget, retain)
-    model = llama(*shape)
+    model = model_of(*shape)
     path, target = path_of(model), target_of(model, positions, forget, retain)
     procedures = {
-        which: Released(llama(*shape), path, target, positions, which == "all gradients") for which in PROCEDURES
+        which: Released(model_of(*shape), path, target, positions, which == "all gradients") for which in PROCEDURES
     }
     taken = {which: [] for which in (*PROCEDURES, "ours")}
 
@@ -252,7 +221,7 @@ def test_memory(name, benchmark, row):
 def memory(which, layers, hidden):
     """The model's bytes and the peak growth of this process over three steps."""
     torch.set_num_threads(1)
-    model, forget, retain = llama(layers, hidden), batch(1), batch(2)
+    model, forget, retain = model_of(layers, hidden), batch(1), batch(2)
     path, target = path_of(model), target_of(model, "last_prompt", forget, retain)  # runs the model once
 
     def resident(field):
@@ -267,7 +236,7 @@ def memory(which, layers, hidden):
         released = Released(model, path, target, "last_prompt", which == "all gradients")
         for _ in range(3):
             released.step(forget, retain)
-    return resident("VmHWM") - before + sum(p.numel() * p.element_size() for p in llama(layers, hidden).parameters())
+    return resident("VmHWM") - before + sum(p.numel() * p.element_size() for p in model_of(layers, hidden).parameters())
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ def evaluate(
     _quiet_transformers()
     stage = pipeline.EvalStage(pipeline.Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
     judged = pipeline.evaluate_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
-    _show_metrics({"value": judged.summary})
+    _show_metrics(judged.summary)
 
 
 @app.command()
@@ -355,13 +355,12 @@ def _check_dtype(dtype: str) -> None:
         raise typer.BadParameter(f"{dtype}: expected auto, float32, bfloat16 or float16", param_hint="--dtype")
 
 
-def _show_metrics(models: dict[str, dict[str, Any]]) -> None:
+def _show_metrics(metrics: dict[str, float]) -> None:
     from rich.table import Column, Table
 
-    table = Table(Column("metric", no_wrap=True), *models)
-    for metric in next(iter(models.values())):
-        values = [values[metric] for values in models.values()]
-        table.add_row(metric, *("–" if value is None else f"{value:.3f}" for value in values))
+    table = Table(Column("metric", no_wrap=True), "value")
+    for metric, value in metrics.items():
+        table.add_row(metric, f"{value:.3f}")
     console.print(table)
 
 

@@ -79,8 +79,7 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
 
     identity: what the results depend on; facts are written beside it and not compared. Raises ArtefactError where the
     folder is another run's."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtefactError(f"{folder} is a file; expected a folder, or a name that is free")
+    check_folder(folder)
     identity = json.loads(json.dumps(identity))  # as it will be read back
     found = read_run(folder)
     if found is None:
@@ -97,6 +96,12 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
             )
     for left_over in folder.glob(".[0-9]*.*"):  # a killed process could not remove what it was writing
         _remove(left_over)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ArtefactError where a file stands in a folder's place."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(f"{folder} is a file; expected a folder, or a name that is free")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

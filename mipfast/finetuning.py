@@ -19,9 +19,8 @@ from torch import nn
 from mipfast.data.records import Record, digest
 from mipfast.errors import DivergedError, InputError, MipfastError
 from mipfast.files import claim, versions, write_atomic, write_json
-from mipfast.modes import unwrapped
 from mipfast.samples import Encoder, load_model, save_model
-from mipfast.sites import find_sites
+from mipfast.sites import find_decoder, find_sites
 
 log = logging.getLogger("mipfast")
 
@@ -138,7 +137,7 @@ def check(config: FinetuneConfig, device: str | None = None) -> None:
 def _with_adapters(model: Any, config: FinetuneConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    decoder = {id(module) for module in unwrapped(model).get_decoder().modules()}
+    decoder = {id(module) for module in find_decoder(model).modules()}
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in decoder]
     if not linear:
         raise InputError(f"{type(model).__name__}'s language model has no torch.nn.Linear for LoRA; train it with full")

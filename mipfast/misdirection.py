@@ -21,7 +21,7 @@ from mipfast.lora import adapter_slices, add_adapter, remove_adapter
 from mipfast.modes import unwrapped
 from mipfast.positions import Batch, Positions, text_rows, without_labels
 from mipfast.pruning import Neurons, active_prunes, check_neurons, neuron_slices
-from mipfast.sites import Sites, find_sites
+from mipfast.sites import Sites, Stack, find_sites
 from mipfast.training import Losses, Places, check_steps, descend, order, take_batches, training
 
 log = logging.getLogger("mipfast")
@@ -84,8 +84,7 @@ def hidden_states(
 
     sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
     stack = (sites or find_sites(model)).text
-    if not 0 <= layer < stack.num_layers:
-        raise InputError(f"layer={layer}; the text stack has layers 0..{stack.num_layers - 1}")
+    _check_layer(layer, stack)
     block, ffn = stack.blocks[layer], stack.ffns[layer]
     inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
 
@@ -219,9 +218,13 @@ def misdirect(
 def steering_layer(config: Any, sites: Sites) -> int:
     """Index of the text block whose output is steered. Raises InputError for one the model does not have."""
     layer = config.layer if config.layer is not None else 3 * sites.text.num_layers // 5
-    if not 0 <= layer < sites.text.num_layers:
-        raise InputError(f"layer={layer}; the text stack has layers 0..{sites.text.num_layers - 1}")
+    _check_layer(layer, sites.text)
     return layer
+
+
+def _check_layer(layer: int, text: Stack) -> None:
+    if not 0 <= layer < text.num_layers:
+        raise InputError(f"layer={layer}; the text stack has layers 0..{text.num_layers - 1}")
 
 
 def check_config(config: RMisUConfig) -> None:

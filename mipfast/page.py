@@ -18,8 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mipfast.errors import MipfastError
-from mipfast.files import write_atomic
+from mipfast.files import check_folder, write_atomic
 from mipfast.report import write_figure
 
 if TYPE_CHECKING:
@@ -237,9 +236,8 @@ def _row(cells: Sequence[str], classes: Sequence[str], scope: str) -> str:
 def write(folder: Path, title: str, parts: Sequence[Part]) -> Path:
     """Write report.md with pictures/*.png, and report.html, which holds everything; returns the path of report.html.
 
-    Raises MipfastError without matplotlib, or where folder is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise MipfastError(f"{folder} is a file; expected a folder, or a name that is free")
+    Raises MipfastError without matplotlib, ArtefactError where folder is a file."""
+    check_folder(folder)
     pictures = {}
     for part in parts:
         if isinstance(part, Picture):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -55,8 +55,7 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         forget, kept = _by_stack(attributions), _by_stack(retain or [])
         if not forget:
             raise InputError("no attributions to select from: the sequence was empty")
-        if aggregate not in ("mean", "union", "contrast", "snr"):
-            raise InputError(f"aggregate={aggregate!r}; expected mean, union, contrast or snr")
+        check_choice(aggregate, fraction if per_layer is None and aggregate != "union" else None)
         fingerprints = [a.report["fingerprint"] for group in (*forget.values(), *kept.values()) for a in group]
         if any(f != fingerprints[0] for f in fingerprints):
             raise InputError("the attributions come from different models or weights; locate all of them on one")
@@ -141,11 +140,17 @@ def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggreg
     return mean
 
 
+def check_choice(aggregate: str, fraction: float | None) -> None:
+    """Raises InputError for an aggregate that there is not, or a share of the neurons that is none."""
+    if aggregate not in get_args(Aggregate):
+        raise InputError(f"aggregate={aggregate!r}; expected mean, union, contrast or snr")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InputError(f"fraction={fraction}; expected a share of the neurons in (0, 1]")
+
+
 def _best(score: torch.Tensor, fraction: float, per_layer: int | None, scope: str) -> list[torch.Tensor]:
     """Indices of the largest scores [L,F], best first, per layer."""
     num_layers, num_neurons = score.shape
-    if per_layer is None and not 0 < fraction <= 1:
-        raise InputError(f"fraction={fraction}; expected a share of the neurons in (0, 1]")
     if scope == "stack":
         if per_layer is not None:
             raise InputError("per_layer and scope='stack' contradict each other; give a fraction")

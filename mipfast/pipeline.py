@@ -26,7 +26,7 @@ from mipfast.evaluation import Judgement, evaluate_records
 from mipfast.files import claim, machine, versions, write_atomic, write_json
 from mipfast.finetuning import FinetuneConfig
 from mipfast.misdirection import RMisUConfig, check_config
-from mipfast.path import Aggregate, NeuronPath
+from mipfast.path import NeuronPath, check_choice
 from mipfast.samples import Batches, Encoder, check_device, load_model, save_model
 from mipfast.sites import Sites, find_sites
 from mipfast.unlearning import MIPConfig, edit, select_path, weighs_damage
@@ -81,10 +81,7 @@ class UnlearnStage(MIPConfig):
         if missing := [role for role in ("forget", "retain") if not self.data.groups.get(role)]:
             raise InputError(f"unlearning has no tables to {' and to '.join(missing)}; found {self.data.groups}")
         self.data.check()
-        if not 0 < self.fraction <= 1:
-            raise InputError(f"fraction={self.fraction}; expected a share of the neurons in (0, 1]")
-        if self.aggregate not in get_args(Aggregate):
-            raise InputError(f"aggregate={self.aggregate!r}; expected {' or '.join(get_args(Aggregate))}")
+        check_choice(self.aggregate, self.fraction)
         for config in filter(None, (self.text, self.vision)):
             config.resolved()
         check_config(self.rmisu)
@@ -147,6 +144,7 @@ class Experiment:
                 needed |= {f"{name}.data.source": stage.data.source, f"{name}.data.groups": stage.data.groups}
         if missing := [name for name, value in needed.items() if not value]:
             raise InputError(f"the experiment has no {', '.join(missing)}; expected a file like examples/*.yaml")
+        self.eval.data.check()
         if self.finetune:
             finetuning.check(self.finetune, self.device)
         self.unlearn.check()
@@ -161,14 +159,13 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     OUT/config.yaml, run.json, stages.json; finetune/model; locate/<set>; unlearn/{model, path, report.json};
     eval/{vanilla, unlearned}. Raises ArtefactError where OUT is another experiment's, and what the stages raise."""
     experiment.check()
-    experiment.eval.data.check()
     out, settings, seed = Path(experiment.out), _settings(experiment), experiment.seed
     if not (out / "stages.json").exists():  # a damaged table shows now, not in hours, and claims no folder
         for part in (experiment.finetune, experiment.unlearn, experiment.eval):
             if part:
                 part.data.load(seed)
         Encoder.from_pretrained(experiment.model)
-        _device(experiment.device)
+        check_device(experiment.device)
     compared = {name: value for name, value in settings.items() if name not in ("title", "out", "device")}
     compared["eval"] = {name: value for name, value in settings["eval"].items() if name != "batch_size"}
     claim(out, {"config": compared}, {"versions": versions()})
@@ -370,7 +367,6 @@ def _flags(
 
 
 def _device(given: str | None) -> str:
-    check_device(given)
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,11 +6,13 @@ import math
 import os
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
 import torch
 import twins
+from dying import dying
 
 import mipfast
 from mipfast import ArtefactError, InputError, ModelError, NeuronPath, evaluation, files, metrics, samples
@@ -308,20 +310,10 @@ def test_stopped_at_every_write_and_resumed_gives_the_same_bytes(llama, tmp_path
     whole = judge(llama, records, out=tmp_path / "whole", batch_size=2)
     rename, writes = os.replace, []
 
-    def dying(source, target):
-        writes.append(target)
-        if moment == "after" or len(writes) == 1:
-            rename(source, target)
-        else:
-            left = source.read_bytes()
-            source.with_name(f".99999.{target.name}").write_bytes(left[: len(left) // 2] if moment == "half" else left)
-        if moment == "after" or len(writes) == 2:
-            raise KeyboardInterrupt
-
     for chunks in range(7):  # run.json, five chunks, and the first of the two files at the end
         writes.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(files.os, "replace", dying)
+            patch.setattr(files.os, "replace", partial(dying, rename, writes, moment))
             judge(llama, records, out=tmp_path / "out", batch_size=2)
         if chunks < 5:
             with pytest.raises(ArtefactError, match=f"holds {2 * chunks} of 9 records"):

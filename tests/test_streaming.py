@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from dying import dying
 from typer.testing import CliRunner
 
 import mipfast
@@ -198,21 +200,11 @@ def test_stopped_at_every_write_and_resumed_gives_the_same_bits(
     whole = run(llama, text_file, tmp_path / "whole", aggregate=aggregate)
     rename, writes, stops = os.replace, [], 0
 
-    def dying(source, target):
-        writes.append(target)
-        if moment == "after" or len(writes) == 1:
-            rename(source, target)
-        else:
-            left = source.read_bytes()
-            source.with_name(f".99999.{target.name}").write_bytes(left[: len(left) // 2] if moment == "half" else left)
-        if moment == "after" or len(writes) == 2:
-            raise KeyboardInterrupt
-
     while True:
         writes.clear()
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(files.os, "replace", dying)
+                patch.setattr(files.os, "replace", partial(dying, rename, writes, moment))
                 streaming.locate_file(*load(llama), text_file, tmp_path / "out", batch_size=BATCH, aggregate=aggregate)
             break
         except KeyboardInterrupt:
