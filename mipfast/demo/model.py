@@ -54,8 +54,8 @@ def image_processor_class() -> Any:
     return getattr(family, "Qwen2VLImageProcessorPil", None) or family.Qwen2VLImageProcessor
 
 
-def build_model(vocab_size: int, seed: int = 0) -> Any:
-    """A randomly initialised Qwen2_5_VLForConditionalGeneration in fp32."""
+def build_model(vocab_size: int, seed: int = 0, width: int = 1024) -> Any:
+    """A randomly initialised Qwen2_5_VLForConditionalGeneration in fp32. width: of a text FFN."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4}
@@ -63,7 +63,7 @@ def build_model(vocab_size: int, seed: int = 0) -> Any:
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": 96,
-            "intermediate_size": 1024,
+            "intermediate_size": width,
             "num_hidden_layers": 5,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
