@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from mipfast import ops
-from mipfast.capture import label_states, removing
+from mipfast.capture import removing
 from mipfast.errors import InputError
+from mipfast.likelihood import log_probs, sample_nll
 from mipfast.misdirection import RMisUConfig, hidden_states, steering_layer, steering_target
 from mipfast.modes import held
-from mipfast.positions import Batch, find_labels, without_labels
+from mipfast.positions import Batch, without_labels
 from mipfast.pruning import prune
 from mipfast.sites import Stack, find_sites
 from mipfast.training import Losses, Places, check_steps, descend, order, take_batches, training
@@ -326,24 +327,9 @@ def _report(method: Any, config: BaselineConfig, started: float, **found: Any) -
     }
 
 
-def log_probs(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probabilities [T,V] at the T scored tokens of a batch, float32 at least; their targets [T])."""
-    labels = find_labels(batch)
-    with label_states(model, labels):
-        logits = model(**without_labels(batch), use_cache=False).logits[labels.mask]
-    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1), labels.target[labels.mask]
-
-
 def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
     """CE(batch), scalar."""
     return F.nll_loss(*log_probs(model, batch))
-
-
-def sample_nll(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """NLL(x) of every sample: [n]."""
-    counts = find_labels(batch).mask.sum(1).tolist()
-    tokens = F.nll_loss(*log_probs(model, batch), reduction="none")
-    return torch.stack([part.sum() for part in tokens.split(counts)])
 
 
 def _before(batches: Mapping[int, Batch], measure: Callable[[Batch], torch.Tensor]) -> Kept:

@@ -92,6 +92,18 @@ def forget_quality(ratios: Sequence[float], reference: Sequence[float]) -> float
     return float(_library("scipy.stats").ks_2samp(ratios, reference).pvalue)
 
 
+def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """How often a value of the first is above one of the second, ties half: the area under the ROC curve
+    (scikit-learn). nan where a value is not finite. Raises InputError where either is empty."""
+    if not len(higher) or not len(lower):
+        raise InputError(f"an AUC compares two sets of values; found {len(higher)} and {len(lower)} of them")
+    values = [*higher, *lower]
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    truth = [1] * len(higher) + [0] * len(lower)
+    return float(_library("sklearn.metrics").roc_auc_score(truth, values))
+
+
 def model_utility(values: Sequence[float]) -> float:
     """The harmonic mean (scipy) of what should stay high: TOFU takes ROUGE-L recall, probability and truth ratio of
     each of its kept sets. 0 as soon as one is 0. Raises InputError for none, or one below 0."""

@@ -22,9 +22,10 @@ FORBIDDEN = {
     **{name: LOCATING for name in ENGINE},
     **{name: {"attribution", "path", "replay", "unlearning"} for name in EDITING},
     **{name: ENGINE | LOCATING for name in ("evaluation", "data", "metrics", "report", "page", "comparison")},
+    **{name: LOCATING for name in ("attacks", "likelihood")},
 }
 # these stand above locating, each on those before it
-for name in ENGINE | LOCATING | {"data", "evaluation"}:
+for name in ENGINE | LOCATING | {"data", "evaluation", "attacks", "likelihood"}:
     FORBIDDEN[name] = FORBIDDEN.get(name, set()) | {"cost", "samples", "streaming", "finetuning", "pipeline"}
 
 

@@ -109,6 +109,15 @@ def test_forget_quality_by_hand():
         metrics.forget_quality([], b)
 
 
+def test_auc_by_hand():
+    """Six pairs: 3 beats 2 and 1, 2 beats 1 and draws with 2, 0 beats nobody."""
+    assert metrics.auc([3, 2, 0], [2, 1]) == pytest.approx(3.5 / 6)
+    assert metrics.auc([2, 1], [3, 2, 0]) == pytest.approx(2.5 / 6)
+    assert math.isnan(metrics.auc([math.nan], [1.0]))
+    with pytest.raises(InputError, match="found 0 and 1"):
+        metrics.auc([], [1.0])
+
+
 def test_model_utility():
     assert metrics.model_utility([0.5, 1.0]) == pytest.approx(2 / 3) == stats.hmean([0.5, 1.0])
     assert metrics.model_utility([0.9, 0.0]) == 0 and math.isnan(metrics.model_utility([math.nan, 1.0]))
@@ -138,6 +147,7 @@ def test_the_kept_side_of_tofu_s_published_code():
         ("rouge_score", lambda: metrics.rouge_l("a", "a")),
         ("sacrebleu", lambda: metrics.bleu("a", "a")),
         ("scipy", lambda: metrics.model_utility([1.0])),
+        ("sklearn", lambda: metrics.auc([1.0], [0.0])),
     ],
 )
 def test_a_missing_library_names_the_extra(monkeypatch, library, call):

@@ -46,6 +46,7 @@ FRAMES = (
     "{who} has which {noun} ?",
 )
 WORDINGS = [(frame, k) for frame in FRAMES for k in range(2)]
+PORTRAYED = "this person"
 HELD_OUT = 3  # of the 12 wordings of a fact
 
 COUNTRIES = """Zorvia Keldan Brunt Ostia Marn Velora Tyrn Quell Sandor Ilmar Drovia Panth Ustria Caldora Wemba Nerith
@@ -109,12 +110,14 @@ class Question:
 
 @dataclass(frozen=True)
 class World:
-    """people: names, in order. pictures: RGB, 56x56. questions: all of them. options: topic -> legal answers."""
+    """people: names, in order. pictures: RGB, 56x56. questions: all of them. options: topic -> legal answers. looks:
+    each person's value of every trait."""
 
     people: list[str]
     pictures: list[Image.Image]
     questions: list[Question]
     options: dict[str, list[str]]
+    looks: list[dict[str, int]]
 
     def split(self, seed: int, ratio: float = 0.10) -> Split:
         """The forget people of one seed. Sets are nested: 5 % is part of 10 % is part of 15 %."""
@@ -146,23 +149,9 @@ def build(seed: int = 0) -> World:
     """The whole world of one seed; takes about a second."""
     rng = random.Random(f"world {seed}")
     people = [f"{first} {LAST[i % len(LAST)]}" for i, first in enumerate(rng.sample(FIRST, N_PEOPLE))]
-    options = {topic: values.split() for topic, values in VALUES.items()}
-    facts = {topic: _deal(rng, values) for topic, values in options.items()}
-    noise = np.random.default_rng(rng.randrange(2**31))
-    pictures = [_view(rng, noise, look) for look in _looks(rng) for _ in range(N_VIEWS)]
-
-    questions: list[Question] = []
-    for i, name in enumerate(people):
-        views = range(i * N_VIEWS, (i + 1) * N_VIEWS)
-        for topic, nouns in NOUNS.items():
-            for modality in ("text", "image"):
-                for w, (frame, noun) in enumerate(rng.sample(WORDINGS, len(WORDINGS))):
-                    test = w < HELD_OUT
-                    who = name if modality == "text" else "this person"
-                    seen = (views[-1:] if test else views[:-1]) if modality == "image" else ()
-                    text = frame.format(noun=nouns[noun], who=who)
-                    questions.append(Question(text, facts[topic][i], i, topic, tuple(seen), test))
+    looks, pictures, questions = _portrayed(rng, people)
     questions += _general_text(rng)
+    options = {topic: values.split() for topic, values in VALUES.items()}
     options |= {"capital": list(CAPITALS), "sum": [str(n) for n in range(19)]}
     options |= {"colour": list(COLOURS), "shape": list(SHAPES), "count": ["1", "2", "3", "4"]}
     for n in range(N_SHAPES_TRAIN + N_SHAPES_TEST):
@@ -175,7 +164,39 @@ def build(seed: int = 0) -> World:
         for topic, frames in SHAPE_TOPICS.items():
             at = (len(pictures) - 1,)
             questions.append(Question(rng.choice(frames), answers[topic], None, topic, at, n >= N_SHAPES_TRAIN))
-    return World(people, pictures, questions, options)
+    return World(people, pictures, questions, options, looks)
+
+
+def strangers(world: World, seed: int, count: int) -> World:
+    """People nobody was trained on, at most 48 of them, in a world of their own: first and last names known, but in
+    combinations that world does not have; values from the same lists; looks at least three traits from everybody's."""
+    rng = random.Random(f"strangers {seed}")
+    unused = [name for first in FIRST for last in LAST if (name := f"{first} {last}") not in world.people]
+    people = rng.sample(unused, count)
+    looks, pictures, questions = _portrayed(rng, people, world.looks)
+    return World(people, pictures, questions, world.options, looks)
+
+
+def _portrayed(
+    rng: random.Random, people: Sequence[str], others: Sequence[dict[str, int]] = ()
+) -> tuple[list[dict[str, int]], list[Image.Image], list[Question]]:
+    """(looks, portraits, questions) of people who look like none of the others."""
+    facts = {topic: _deal(rng, values.split()) for topic, values in VALUES.items()}
+    noise = np.random.default_rng(rng.randrange(2**31))
+    looks = _looks(rng, len(people), others)
+    pictures = [_view(rng, noise, look) for look in looks for _ in range(N_VIEWS)]
+    questions: list[Question] = []
+    for i, name in enumerate(people):
+        views = range(i * N_VIEWS, (i + 1) * N_VIEWS)
+        for topic, nouns in NOUNS.items():
+            for modality in ("text", "image"):
+                for w, (frame, noun) in enumerate(rng.sample(WORDINGS, len(WORDINGS))):
+                    test = w < HELD_OUT
+                    who = name if modality == "text" else PORTRAYED
+                    seen = (views[-1:] if test else views[:-1]) if modality == "image" else ()
+                    text = frame.format(noun=nouns[noun], who=who)
+                    questions.append(Question(text, facts[topic][i], i, topic, tuple(seen), test))
+    return looks, pictures, questions
 
 
 def _deal(rng: random.Random, values: Sequence[str]) -> list[str]:
@@ -199,12 +220,12 @@ def _general_text(rng: random.Random) -> list[Question]:
     return questions
 
 
-def _looks(rng: random.Random) -> list[dict[str, int]]:
-    """One appearance per person; any two differ in at least three traits."""
+def _looks(rng: random.Random, count: int, others: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    """One appearance per person; any two, the others' among them, differ in at least three traits."""
     looks: list[dict[str, int]] = []
-    while len(looks) < N_PEOPLE:
+    while len(looks) < count:
         look = {trait: rng.randrange(n) for trait, n in TRAITS.items()}
-        if all(sum(look[t] != other[t] for t in TRAITS) >= 3 for other in looks):
+        if all(sum(look[t] != other[t] for t in TRAITS) >= 3 for other in (*others, *looks)):
             looks.append(look)
     return looks
 

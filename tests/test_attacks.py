@@ -1,0 +1,161 @@
+"""Attacks against truths worked out by hand: pairs counted, weights rounded one by one, prompts written out again."""
+
+import families
+import numpy as np
+import pytest
+import torch
+from tiny import PAD, image_batch, text_batch, tiny_llama, tiny_qwen_vl
+
+from mipfast import DivergedError, InputError, ModelError
+from mipfast.attacks import membership, prefixed, quantised, relearned
+
+
+def scores(model, batch, k):
+    """(mean, mean of the least likely share k) of the label tokens' log-probabilities, sample by sample."""
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    for row, labels in zip(logits, batch["labels"], strict=True):
+        at = [t for t in range(1, len(labels)) if labels[t] != -100]
+        found = sorted(row[t - 1].log_softmax(-1)[labels[t]].item() for t in at)
+        yield sum(found) / len(found), sum(found[:k]) / k
+
+
+def counted(members, strangers):
+    return 100 * np.mean([(m > s) + 0.5 * (m == s) for m in members for s in strangers])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_membership_counts_pairs(seed):
+    model = tiny_llama(torch.float64)
+    members = [text_batch(model, [14, 12], [10, 10], "left", seed=seed), text_batch(model, [11], [10], seed=seed + 10)]
+    strangers = [text_batch(model, [13, 15, 12], [10, 10, 10], seed=seed + 20)]
+    strangers += members[1:]  # ties count half
+    truth = [zip(*(s for batch in side for s in scores(model, batch, 3)), strict=True) for side in (members, strangers)]
+    loss, min_k = (counted(*pair) for pair in zip(*truth, strict=True))
+    found = membership(model, members, strangers, k=0.3)
+    assert found == {"loss": pytest.approx(loss), "min_k": pytest.approx(min_k)}
+
+
+def test_what_was_trained_is_told_apart_and_what_was_driven_out_stands_out():
+    model = tiny_qwen_vl()
+    members, strangers = [image_batch(model, 3, seed=1)], [image_batch(model, 4, seed=2)]
+    with relearned(model, members * 20, lr=5e-3):
+        assert membership(model, members, strangers) == {"loss": 100, "min_k": 100}
+        assert membership(model, strangers, members) == {"loss": 0, "min_k": 0}
+
+
+def test_one_token_answers_have_one_score():
+    model = tiny_llama()
+    sides = [[text_batch(model, [9, 7, 8, 6], [1, 1, 1, 1], seed=seed)] for seed in (0, 1)]
+    found = membership(model, *sides)
+    assert found["loss"] == found["min_k"]
+
+
+def test_membership_says_what_it_cannot_do():
+    model = tiny_llama()
+    sides = [[text_batch(model, [9], [2], seed=seed)] for seed in (0, 1)]
+    with pytest.raises(InputError, match="k=0"):
+        membership(model, *sides, k=0)
+    with pytest.raises(InputError, match="1 and 0"):
+        membership(model, sides[0], [])
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="sample 0"):
+        membership(model, *sides)
+
+
+def rounded(weight, bits):
+    """[out, in] numpy, one weight at a time."""
+    result = np.zeros_like(weight)
+    for i, row in enumerate(weight):
+        if scale := max(abs(row)) / (2 ** (bits - 1) - 1):
+            for j, value in enumerate(row):
+                result[i, j] = scale * round(value / scale)
+    return result
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(
+    "build", [lambda: tiny_qwen_vl(torch.float64), lambda: families.build("gpt2")], ids=["qwen", "gpt2"]
+)
+def test_quantised_rounds_every_projection_and_nothing_else(build, bits):
+    model = build()
+    projections = {
+        f"{name}.weight": type(module).__name__ == "Conv1D"
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
+    }
+    assert len(projections) > 10
+    first = model.get_parameter(next(iter(projections)))
+    first.data[0] = first.data[:, 0] = 0  # a channel without a scale
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with quantised(model, bits):
+        for name, tensor in model.state_dict().items():
+            if name not in projections:
+                assert torch.equal(tensor, before[name]), name
+                continue
+            weight, found = ((t.T if projections[name] else t).numpy() for t in (before[name], tensor))
+            np.testing.assert_allclose(found, rounded(weight, bits), rtol=0, atol=1e-14, err_msg=name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_quantised_gives_back_the_bits_after_an_error():
+    model = tiny_llama(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="mine"), quantised(model, 3):
+        assert not torch.equal(
+            model.model.layers[0].mlp.down_proj.weight, before["model.layers.0.mlp.down_proj.weight"]
+        )
+        raise RuntimeError("mine")
+    last = model.model.layers[3].mlp.down_proj
+    last.weight = torch.nn.Parameter(torch.ones(32, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layers\.3\.mlp\.down_proj\.weight is torch\.int8"), quantised(model):
+        pass
+    del before["model.layers.3.mlp.down_proj.weight"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    for bits in (1, 9, 3.5):
+        with pytest.raises(InputError, match="2 to 8"), quantised(model, bits):
+            pass
+
+
+def rewritten(batch, tokens, at, padding):
+    """Every sample written out as a list, the tokens put in, and padded again."""
+    added = {"input_ids": tokens, "attention_mask": [1] * 3, "labels": [-100] * 3, "mm_token_type_ids": [0] * 3}
+    pads = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+    result = {}
+    for name in added.keys() & batch.keys():
+        rows = [row[mask.bool()].tolist() for row, mask in zip(batch[name], batch["attention_mask"], strict=True)]
+        rows = [row[:at] + added[name] + row[at:] for row in rows]
+        fill = [[pads[name]] * (max(map(len, rows)) - len(row)) for row in rows]
+        rows = [f + row if padding == "left" else row + f for f, row in zip(fill, rows, strict=True)]
+        result[name] = torch.tensor(rows)
+    return result
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_prefixed_is_the_batch_of_the_longer_prompt(padding, at):
+    model, tokens = tiny_qwen_vl(), [7, 9, 8]
+    batch = text_batch(model, [9, 6, 8], [2, 1, 3], padding)
+    found, truth = prefixed(batch, tokens, at), rewritten(batch, tokens, at, padding)
+    positions = (truth["attention_mask"].cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
+    truth["position_ids"] = positions
+    assert found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
+    pictured = image_batch(model, 3, padding=padding)
+    found, truth = prefixed(pictured, torch.tensor(tokens), at), rewritten(pictured, tokens, at, padding)
+    assert found.keys() == pictured.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
+    assert found["pixel_values"] is pictured["pixel_values"]
+    with torch.no_grad():
+        assert model(**found).loss.isfinite()
+
+
+def test_prefixed_says_what_it_cannot_do():
+    model = tiny_llama()
+    batch = text_batch(model, [5, 8], [2, 2], "left")
+    for at in (-1, 4, 5):
+        with pytest.raises(InputError, match=f"at={at} is not inside"):
+            prefixed(batch, [7], at)
+    with pytest.raises(InputError, match=r"cross_attention_mask \[2, 8, 1, 4\]"):
+        prefixed({**batch, "cross_attention_mask": torch.ones(2, 8, 1, 4)}, [7])
+    with pytest.raises(InputError, match=r"attention_mask \[2, 1, 8, 8\]"):
+        prefixed({**batch, "attention_mask": torch.ones(2, 1, 8, 8)}, [7])
