@@ -7,7 +7,7 @@ definitions are the ones with a completeness theorem.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast import memory
-from mipfast.capture import Capture, capture
+from mipfast.capture import Capture, capture, from_mean
 from mipfast.chunks import Chunk, Sums, each, make_chunks
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact, versions
@@ -142,8 +142,9 @@ class LocateConfig:
 @dataclass(eq=False)
 class Attribution:
     """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, whether
-    the search is approximate, sign of the objective, completeness residuals [n][L] (None where not measured), layers
-    without gradient, labels per sample, stack, fingerprint, versions."""
+    the search is approximate, baseline (zero or counterfactual) and number of counterfactuals, sign of the objective,
+    completeness residuals [n][L] (None where not measured), layers without gradient, labels per sample, stack,
+    fingerprint, versions."""
 
     scores: torch.Tensor
     path: torch.Tensor
@@ -161,7 +162,12 @@ class Attribution:
 
 
 def locate(
-    model: nn.Module, batch: Batch | Iterable[Batch], config: LocateConfig | None = None, **overrides: Any
+    model: nn.Module,
+    batch: Batch | Iterable[Batch],
+    config: LocateConfig | None = None,
+    *,
+    counterfactuals: Batch | Iterable[Batch] | None = None,
+    **overrides: Any,
 ) -> Attribution:
     """Score every FFN neuron of one tower for every sample, and follow the influential path.
 
@@ -170,6 +176,11 @@ def locate(
 
     IGI: score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj. IFI: sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the
     clean activations stand at the chosen positions with the path's entries times alpha_k; in layer l alpha_k times all.
+
+    counterfactuals: batches aligned with the one batch (labels of its shape, as many chosen positions per sample), such
+    as the same questions about other people. With b the mean of their clean activations, b + alpha_k (a - b) stands
+    wherever alpha_k a stood, and IGI multiplies by a - b: what the batches share scores nothing. Costs one forward pass
+    per batch; only with combine="sum".
 
     Raises InputError, ModelError or DivergedError (see `mipfast.errors`).
     """
@@ -184,11 +195,12 @@ def locate(
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
     batches = [batch] if isinstance(batch, Mapping) else batch
+    others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
     with held(model):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
-                parts.append(_with_memory(model, sites, stack, one, config, nodes, weights, first=not parts))
+                parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
@@ -200,6 +212,8 @@ def locate(
         {
             "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
             "approximate": config.search == "one-pass",
+            "baseline": "counterfactual" if others else "zero",
+            "counterfactuals": len(others),
             "stack": stack.name,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
@@ -228,6 +242,22 @@ def objective_value(logits: torch.Tensor, labels: Labels, objective: str) -> tor
     return per_label.sum(1)
 
 
+def _counterfactuals(
+    batch: Batch | Iterable[Batch], given: Batch | Iterable[Batch] | None, config: LocateConfig
+) -> Sequence[Batch]:
+    """The batches whose mean is the baseline; none for the zero baseline."""
+    if given is None:
+        return []
+    if not isinstance(batch, Mapping):
+        raise InputError("counterfactuals are of one batch, found an iterable of batches; call locate once for each")
+    if config.combine != "sum":
+        raise InputError(f"combine={config.combine!r} is defined from zero; use combine='sum', or no counterfactuals")
+    found = [given] if isinstance(given, Mapping) else list(given)
+    if not found:
+        raise InputError("no counterfactual batch: the iterable was empty; leave it out for the zero baseline")
+    return found
+
+
 def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
     if config.stack is not None:
         return sites[config.stack]
@@ -247,6 +277,7 @@ def _with_memory(
     sites: Sites,
     stack: Stack,
     batch: Batch,
+    others: Sequence[Batch],
     config: LocateConfig,
     nodes: torch.Tensor,
     weights: torch.Tensor,
@@ -258,6 +289,8 @@ def _with_memory(
     n = len(find_labels(batch).mask)
     try:
         captured = capture(model, sites, stack, batch, config.positions)
+        if others:
+            captured = from_mean(captured, sites, others, config.positions)
         steps = min(len(nodes), memory.copies_that_fit(captured, config.memory_budget))
         if steps or n == 1:
             return _search(captured, config, nodes, weights, max(steps, 1), measure)
@@ -269,8 +302,8 @@ def _with_memory(
             ) from error
     log.warning("%d samples do not fit into memory at once: going on with halves of them", n)
     parts = [
-        _with_memory(model, sites, stack, half, config, nodes, weights, first)
-        for half in memory.halves(batch, model.config)
+        _with_memory(model, sites, stack, half, half_others, config, nodes, weights, first)
+        for half, *half_others in zip(*(memory.halves(b, model.config) for b in (batch, *others)), strict=True)
     ]
     scores, paths, residuals, counts, dead = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(paths), sum(residuals, []), torch.cat(counts), set().union(*dead)

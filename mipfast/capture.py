@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
     base model for a vision stack. last_ffn: the decoder's, behind which only label positions matter. start, stop: the
     decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened token
-    dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows;
-    outputs[l]: clean block outputs [R,H] there. base_output: what the head's wrapper got from the base model. tail:
-    what blocks return besides their state in transformers 4, None where they return no tuple. logits [n,q,V]: the clean
-    run's, at the label positions. recording: of the decoder's attention, where it can be; prefix: set in a capture that
-    `suffix` has cut down to start..stop."""
+    dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows, measured
+    from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
+    base_output: what the head's wrapper got from the base model. tail: what blocks return besides their state in
+    transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions. recording:
+    of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to start..stop."""
 
     model: nn.Module
     stack: Stack
@@ -52,6 +52,7 @@ class Capture:
     base_output: Any
     tail: tuple | None
     prefix: Prefix | None = None
+    baseline: list[torch.Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,6 +71,30 @@ def capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Pos
     except UnsupportedAttention as error:
         log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
         return _capture(model, sites, stack, batch, positions, record=False)
+
+
+def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
+    """The capture with its activations measured from the mean over batches of theirs, the p-th chosen row of a sample
+    from the p-th; one clean run each. Raises InputError for a batch of another shape or with other rows per sample."""
+    means: list[torch.Tensor] = []
+    shape, rows = captured.batch["labels"].shape, captured.rows.sample
+    for i, batch in enumerate(batches):
+        try:
+            other = capture(captured.model, sites, captured.stack, batch, positions)
+        except InputError as error:
+            raise InputError(f"counterfactual batch {i}: {error}") from error
+        if batch["labels"].shape != shape or not torch.equal(other.rows.sample, rows):
+            found, wanted = (torch.bincount(sample).tolist() for sample in (other.rows.sample, rows))
+            raise InputError(
+                f"counterfactual batch {i} has labels {list(batch['labels'].shape)} and {found} chosen positions per "
+                f"sample, the batch {list(shape)} and {wanted}; give prompts of as many tokens and pictures of the "
+                "same size, or leave counterfactuals out for the zero baseline"
+            )
+        wide = [a.to(torch.promote_types(a.dtype, torch.float32)) for a in other.activations]
+        means = [m + (a - m) / (i + 1) for m, a in zip(means, wide, strict=True)] if means else wide
+    baseline = [m.to(a) for m, a in zip(means, captured.activations, strict=True)]
+    away = [a - b for a, b in zip(captured.activations, baseline, strict=True)]
+    return replace(captured, activations=away, baseline=baseline)
 
 
 def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:

@@ -49,7 +49,8 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on any sample's
         path, whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean square over the retain
         groups' samples, every group counted equally; give it general knowledge beside the retain set, or that is what
-        breaks.
+        breaks. The forget attributions may have the counterfactual baseline, which the path's origin then names; D
+        estimates what pruning breaks with the zero baseline.
 
         Raises InputError for a budget larger than a layer, or a missing retain set."""
         forget, kept = _by_stack(attributions), _by_stack(retain or [])
@@ -71,7 +72,9 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
             dead = set().union(*(a.report["layers_without_gradient"] for a in group))
             neurons |= {(stack, i): c for i, c in enumerate(chosen) if len(c) and i not in dead}
         budget: dict[str, Any] = {"per_layer": per_layer} if per_layer else {"fraction": fraction, "scope": scope}
-        return cls(neurons, fingerprints[0], {"aggregate": aggregate, **budget})
+        baselines = sorted({a.report.get("baseline", "zero") for group in forget.values() for a in group})
+        baseline = {} if baselines == ["zero"] else {"baseline": " and ".join(baselines)}
+        return cls(neurons, fingerprints[0], {"aggregate": aggregate, **budget, **baseline})
 
     @classmethod
     def random(cls, sites: Sites, like: NeuronPath, seed: int = 0) -> NeuronPath:

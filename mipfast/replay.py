@@ -5,8 +5,9 @@ what they returned when the path was advanced over them. Copies are step-major (
 knowledge of a family: repeating whatever is concatenated over samples is always right.
 
 Two ways past a block. Natively, its FFN's inner activations are overwritten by a hook. Where the block adds its FFN's
-output to what else it does, it is enough to run it once with the neurons silent and to add their contribution to its
-output: then the block is never differentiated, and the path advances for free. `plan` tries which of them is exact.
+output to what else it does, it is enough to run it once with the neurons silent (at their baseline, where the capture
+has one) and to add the rest of their contribution to its output: then the block is never differentiated, and the path
+advances for free. `plan` tries which of them is exact.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Replay:
 
     def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [m·n,q,V] at the label positions, the blocks in states skipped, and the next block's neurons
-        overwritten by values [m,R,F] where given."""
+        overwritten by values [m,R,F] (here and below measured from the capture's baseline) where given."""
         layer, stack = len(self.states), self.capture.stack
         with ExitStack() as patches:
             if values is not None:
@@ -269,6 +270,8 @@ class Replay:
 
     @contextmanager
     def _overwritten(self, layer: int, values: torch.Tensor) -> Iterator[None]:
+        if self.capture.baseline is not None:
+            values = values + self.capture.baseline[layer]
         flat = values.reshape(-1, values.shape[-1])
 
         def overwrite(module: nn.Module, args: tuple) -> tuple:

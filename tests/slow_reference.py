@@ -10,6 +10,8 @@ found by the literal module names of the tiny models.
     IGI       sum over positions of a_l times the mean gradient dF/da_l along alpha
     IFI       sum over positions of the mean squared gradient
     carry     the same integral through the path entries of layers < l, so that IGI + carry = F(1) - F(0)
+    baseline  b, the mean of the counterfactual batches' a, or zero: b + alpha * (a - b) stands for alpha * a, and
+              IGI and carry multiply by a - b
 """
 
 import re
@@ -38,6 +40,7 @@ def slow_locate(
     search="greedy",
     score=None,
     stack=None,
+    counterfactuals=(),
 ):
     """-> scores [n, L, F], path [n, L, k], residual [n, L], all in the model's own precision."""
     text = modality == "text"
@@ -49,19 +52,30 @@ def slow_locate(
     found = []
     for i in range(len(batch["input_ids"])):
         sample = split(batch, i, keep_padding=True)
+        others = [split(other, i, keep_padding=True) for other in counterfactuals]
         rule = nodes, weights
-        found.append(_one_sample(model, sample, text, positions, rule, top_k, objective, search, score, stack or ""))
+        settings = positions, rule, top_k, objective, search, score, stack or ""
+        found.append(_one_sample(model, sample, others, text, *settings))
     scores, path, residual = zip(*found, strict=True)
     return torch.stack(scores), torch.stack(path), torch.stack(residual)
 
 
-def _one_sample(model, sample, text, positions, rule, top_k, objective, search, score, stack):
+def _one_sample(model, sample, others, text, positions, rule, top_k, objective, search, score, stack):
     pattern = TEXT if text else VISION
     layers = [m for name, m in model.named_modules() if re.fullmatch(pattern, name) and name.startswith(stack)]
-    clean, value = _run(model, sample, layers, {}, None, objective)
-    tokens = clean[0].flatten(0, -2)
-    rows = text_positions(sample, positions) if text else vision_positions(len(tokens), positions)
-    act = [a.flatten(0, -2)[rows] for a in clean]
+
+    def clean_run(inputs):
+        clean, value = _run(model, inputs, layers, {}, None, objective)
+        tokens = clean[0].flatten(0, -2)
+        rows = text_positions(inputs, positions) if text else vision_positions(len(tokens), positions)
+        return rows, [a.flatten(0, -2)[rows] for a in clean], value
+
+    rows, act, value = clean_run(sample)
+    base = [torch.zeros_like(a) for a in act]
+    for other in others:
+        for total, a in zip(base, clean_run(other)[1], strict=True):
+            total += a / len(others)
+    away = [a - b for a, b in zip(act, base, strict=True)]
 
     all_scores, path, residuals = [], [], []
     for layer in range(len(layers)):
@@ -71,8 +85,9 @@ def _one_sample(model, sample, text, positions, rule, top_k, objective, search, 
                 mask[chosen[chosen >= 0]] = True
 
         def inputs_at(alpha, layer=layer, on_path=on_path):
-            earlier = [torch.where(m, alpha * a, a) for m, a in zip(on_path, act, strict=False)]
-            return [x.detach().requires_grad_() for x in [*earlier, alpha * act[layer]]]
+            between = [b + alpha * d for b, d in zip(base, away, strict=True)]
+            earlier = [torch.where(m, x, a) for m, x, a in zip(on_path, between, act, strict=False)]
+            return [x.detach().requires_grad_() for x in [*earlier, between[layer]]]
 
         igi = torch.zeros_like(act[layer][0])
         ifi = torch.zeros_like(igi)
@@ -84,11 +99,11 @@ def _one_sample(model, sample, text, positions, rule, top_k, objective, search, 
             *earlier, own = torch.autograd.grad(at_alpha, leaves, allow_unused=True)
             if own is not None:
                 arrived = True
-                igi += weight * (act[layer] * own).sum(0)
+                igi += weight * (away[layer] * own).sum(0)
                 ifi += weight * own.square().sum(0)
-            for mask, a, gradient in zip(on_path, act, earlier, strict=False):
+            for mask, d, gradient in zip(on_path, away, earlier, strict=False):
                 if gradient is not None:
-                    carried += weight * (a * gradient)[:, mask].sum().item()
+                    carried += weight * (d * gradient)[:, mask].sum().item()
 
         scores = igi if score == "igi" else ifi
         best = torch.sort(scores, descending=True, stable=True).indices[:top_k]
