@@ -14,7 +14,7 @@ from torch import nn
 from mipfast.capture import label_states, removing
 from mipfast.errors import InputError
 from mipfast.modes import held, unwrapped
-from mipfast.positions import Batch, Positions, find_labels, text_rows, without_labels
+from mipfast.positions import Batch, Positions, check_inputs, find_labels, text_rows, without_labels
 from mipfast.sites import find_sites
 
 STEPS, LR = 40, 0.1
@@ -26,8 +26,8 @@ def draw_direction(kind: str, size: int, seed: int) -> torch.Tensor:
     draws = {"gaussian": torch.randn, "uniform": torch.rand}
     if kind not in draws:
         raise InputError(
-            f"direction={kind!r} is not drawn; expected gaussian or uniform (misdirect and RMisUTrainer take learned "
-            "too; in a loop of your own give steering_target what mipfast.learned_direction returns)"
+            f"direction={kind!r} is not drawn; expected gaussian or uniform, or give steering_target what "
+            "mipfast.learned_direction returns"
         )
     return draws[kind](size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -36,6 +36,7 @@ def answer_log_prob(model: Any, batch: Batch, layer: int, positions: Positions, 
     """Mean log-probability of a batch's label tokens, the hidden states behind text block `layer` being target [D] at
     the chosen positions and what they are elsewhere. Scalar, float32 at least, differentiable in the target."""
     labels, rows = find_labels(batch), text_rows(batch, positions).index
+    check_inputs(model, batch)
 
     def replace(module: nn.Module, args: tuple, output: Any) -> Any:
         state = output[0] if isinstance(output, tuple) else output

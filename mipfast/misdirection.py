@@ -17,15 +17,24 @@ from torch import nn
 from torch.utils.data import Subset
 
 from mipfast import ops
-from mipfast.capture import image_token, removing
+from mipfast.capture import removing
 from mipfast.direction import STEPS, answer_log_prob, draw_direction, learned_direction
 from mipfast.errors import InputError
 from mipfast.lora import adapter_slices, add_adapter, remove_adapter
 from mipfast.modes import held, unwrapped
-from mipfast.positions import Batch, Positions, text_rows, without_labels
+from mipfast.positions import (
+    TEXT_POSITIONS,
+    Batch,
+    Positions,
+    check_inputs,
+    check_name,
+    image_token,
+    text_rows,
+    without_labels,
+)
 from mipfast.pruning import Neurons, active_prunes, check_neurons, neuron_slices
 from mipfast.sites import Sites, Stack, find_sites
-from mipfast.training import Losses, Places, check_steps, descend, order, take_batches, training
+from mipfast.training import Losses, Places, check_kind, check_steps, descend, order, take_batches, training
 
 log = logging.getLogger("mipfast")
 
@@ -89,6 +98,7 @@ def hidden_states(
     sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
     stack = (sites or find_sites(model)).text
     _check_layer(layer, stack)
+    check_inputs(model, batch)
     block, ffn = stack.blocks[layer], stack.ffns[layer]
     inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
 
@@ -266,6 +276,8 @@ def _check_layer(layer: int, text: Stack) -> None:
 
 def check_config(config: RMisUConfig) -> None:
     """Raises InputError for a value that no run could use."""
+    check_kind(config, RMisUConfig)
+    check_name(config.positions, TEXT_POSITIONS)
     if config.direction not in ("gaussian", "uniform", "learned"):
         raise InputError(f"direction={config.direction!r}; expected gaussian, uniform or learned")
     if config.unit not in ("retain", "forget", "none"):
