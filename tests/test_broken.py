@@ -327,3 +327,18 @@ def test_a_trainer_s_broken_config_is_named(tmp_path):
         trained(tmp_path, [], {"lr": 1})
     with pytest.raises(MipfastError, match="trainable='lora'; RMisUTrainer takes path or down, misdirect the others"):
         trained(tmp_path, [], replace(RMisUConfig(), trainable="lora"))
+
+
+def test_a_missing_processor_is_told_in_whole_sentences(monkeypatch, caplog):
+    import transformers
+
+    from mipfast.demo.run import WEIGHTS
+    from mipfast.samples import Encoder
+
+    def missing(*args, **kwargs):
+        raise ImportError("\nA needs B but it was not found. Check out the instructions on the\npage.\n")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    with caplog.at_level("INFO", logger="mipfast"):
+        assert Encoder.from_pretrained(WEIGHTS / "base").processor is None
+    assert caplog.messages[-1].endswith("by the image processor: A needs B but it was not found")
