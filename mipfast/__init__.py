@@ -26,6 +26,7 @@ _HOMES = {
     "rmisu_loss": "misdirection",
     "hidden_states": "misdirection",
     "steering_target": "misdirection",
+    "learned_direction": "direction",
     "RMisUTrainer": "trainer",
     "MIPConfig": "unlearning",
     "unlearn": "unlearning",

@@ -23,7 +23,7 @@ from mipfast.chunks import Chunk, Sums, each, make_chunks
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact, versions
 from mipfast.modes import held
-from mipfast.positions import TEXT_POSITIONS, VISION_POSITIONS, Batch, Labels, Positions, find_labels
+from mipfast.positions import TEXT_POSITIONS, VISION_POSITIONS, Batch, Labels, Positions, check_name, find_labels
 from mipfast.quadrature import quadrature
 from mipfast.released import joint_search, released_vision
 from mipfast.replay import plan
@@ -122,8 +122,7 @@ class LocateConfig:
         assert config.method is not None and config.n_steps is not None  # the defaults filled them
         quadrature(config.method, config.n_steps)
         named = TEXT_POSITIONS if config.modality == "text" else VISION_POSITIONS
-        if isinstance(config.positions, str) and config.positions not in named:
-            raise InputError(f"positions={config.positions!r}; expected {', '.join(named)}, or indices")
+        check_name(config.positions, named)
         if config.combine == "product" and config.score == "ifi":
             raise InputError("combine='product' multiplies gradients and activations, score='ifi' has none: use 'igi'")
         if config.combine == "released":
@@ -264,7 +263,10 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
     if config.modality == "text":
         return sites.text
     if not sites.vision:
-        raise InputError(f"modality='vision', but the model has only the text stack {sites.text.name}")
+        raise InputError(
+            f"modality='vision', but the model has only the text stack {sites.text.name}; expected a vision tower, or "
+            "modality='text'"
+        )
     return sites.vision[0]
 
 

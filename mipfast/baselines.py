@@ -22,14 +22,14 @@ from torch import nn
 
 from mipfast import ops
 from mipfast.capture import removing
-from mipfast.errors import InputError
+from mipfast.errors import DivergedError, InputError
 from mipfast.likelihood import log_probs, sample_nll
-from mipfast.misdirection import RMisUConfig, hidden_states, steering_layer, steering_target
+from mipfast.misdirection import RMisUConfig, check_config, hidden_states, steering_layer, steering_target
 from mipfast.modes import held
 from mipfast.positions import Batch, without_labels
 from mipfast.pruning import prune
 from mipfast.sites import Stack, find_sites
-from mipfast.training import Losses, Places, check_steps, descend, order, take_batches, training
+from mipfast.training import Losses, Places, check_kind, check_steps, descend, order, take_batches, training
 
 Kept = Mapping[int, torch.Tensor]  # by batch
 
@@ -150,6 +150,10 @@ class NPO(Method):
     alpha: float = 0.0
     lr: ClassVar[float] = 1e-5
 
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise InputError(f"beta={self.beta}; expected a positive number")
+
     def terms(self, model, forget, retain, first, seed):
         kept = _before(forget, lambda batch: sample_nll(model, batch))
 
@@ -182,6 +186,10 @@ class RMU(Method):
     lr: ClassVar[float] = 5e-5
 
     def places(self, model):
+        if self.direction not in ("gaussian", "uniform"):
+            raise InputError(
+                f"direction={self.direction!r}; RMU draws one, expected gaussian or uniform (misdirect learns one)"
+            )
         sites = find_sites(model)
         layer = steering_layer(self, sites)
         return {
@@ -193,6 +201,7 @@ class RMU(Method):
         sites = find_sites(model)
         layer = steering_layer(self, sites)
         steering = RMisUConfig(steering_coeff=self.steering_coeff, unit=self.unit, direction=self.direction, seed=seed)
+        check_config(steering)
 
         def hidden(batch: Batch) -> torch.Tensor:
             return hidden_states(model, batch, layer, self.positions, sites)
@@ -259,7 +268,10 @@ class MANU:
 
     def _scores(self, forget: torch.Tensor, retain: torch.Tensor) -> torch.Tensor:
         """[L,F] from two [4,L,F]."""
-        return torch.einsum("k,klf->lf", torch.tensor(self.weights).to(forget), forget / (retain + 1e-5) - 1)
+        scores = torch.einsum("k,klf->lf", torch.tensor(self.weights).to(forget), forget / (retain + 1e-5) - 1)
+        if not bool(scores.isfinite().all()):
+            raise DivergedError("the neurons' activations are not finite; check the model's weights and dtype")
+        return scores
 
 
 METHODS: dict[str, Method | MANU] = {
@@ -291,11 +303,10 @@ def run(
 
     Raises InputError for an unknown method or where nothing could train, DivergedError for an infinite loss."""
     started = time.monotonic()
-    config = config or BaselineConfig()
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise InputError(f"method={method!r}; expected {', '.join(METHODS)}, or an instance of mipfast.baselines'")
-        method = METHODS[method]
+    config = check_kind(config or BaselineConfig(), BaselineConfig)
+    method = METHODS.get(method, method) if isinstance(method, str) else method
+    if not isinstance(method, Method | MANU):
+        raise InputError(f"method={method!r}; expected {', '.join(METHODS)}, or an instance of mipfast.baselines'")
     forget, retain = take_batches(forget, retain)
     if isinstance(method, MANU):
         path = method.path(model, forget, retain)

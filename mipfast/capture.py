@@ -15,7 +15,18 @@ from torch import nn
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.modes import unwrapped
-from mipfast.positions import Batch, Labels, Positions, Rows, find_labels, text_rows, vision_rows, without_labels
+from mipfast.positions import (
+    Batch,
+    Labels,
+    Positions,
+    Rows,
+    check_inputs,
+    find_labels,
+    image_token,
+    text_rows,
+    vision_rows,
+    without_labels,
+)
 from mipfast.prefix import Prefix, Recording, UnsupportedAttention, recording
 from mipfast.sites import Sites, Stack, find_decoder
 
@@ -99,7 +110,7 @@ def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positio
 
 def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:
     labels, vision = find_labels(batch), stack is not sites.text
-    _check_pictures(model.config, batch)
+    check_inputs(model, batch)
     decoder = find_decoder(model)
     entry = base_model(model) if vision else decoder
     seen: dict[str, Any] = {}
@@ -219,21 +230,6 @@ def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
         yield
 
 
-def _check_pictures(config: Any, batch: Batch) -> None:
-    """Qwen-VL's three ways of counting pictures must agree; transformers says less clearly which does not."""
-    pixels, grid, ids = (batch.get(name) for name in ("pixel_values", "image_grid_thw", "input_ids"))
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
-    token = image_token(config)
-    if pixels is None or grid is None or ids is None or merge is None or token is None:
-        return
-    patches, placeholders = int(grid.prod(1).sum()), int((ids == token).sum())
-    if len(pixels) != patches or placeholders * merge**2 != patches:
-        raise InputError(
-            f"image_grid_thw says {patches} patches, {patches // merge**2} placeholders after merging {merge}x{merge}; "
-            f"found {len(pixels)} rows of pixel_values and {placeholders} image placeholders in input_ids"
-        )
-
-
 def _first_image(model: Any, batch: Batch) -> int:
     """The first position at which any sample has a picture; 0 where the batch does not say."""
     token, ids = image_token(model.config), batch.get("input_ids")
@@ -254,11 +250,6 @@ def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bo
             "IFI needs at least one image in every sample, and exactly one where image_sizes are given"
         )
     return counts
-
-
-def image_token(config: Any) -> int | None:
-    """Id of the placeholder that stands for a picture's tokens."""
-    return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
 
 def _image_shares(config: Any, batch: Batch) -> torch.Tensor:

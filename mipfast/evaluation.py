@@ -26,7 +26,7 @@ from mipfast.data.records import LETTERS, Record, digest
 from mipfast.errors import ArtefactError, InputError, ModelError
 from mipfast.files import claim, read_run, versions, write_atomic, write_json
 from mipfast.modes import held, unwrapped
-from mipfast.positions import Batch, find_labels, without_labels
+from mipfast.positions import Batch, check_inputs, find_labels, without_labels
 
 log = logging.getLogger("mipfast")
 T = TypeVar("T")
@@ -59,6 +59,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
     with held(model), torch.no_grad():
         for batch in tqdm(list(batches), desc="evaluate", disable=not progress, leave=False):
             labels = find_labels(batch)
+            check_inputs(model, batch)
             logits = model(**without_labels(batch), use_cache=False).logits
             best = logits.argmax(-1).gather(1, labels.index.to(logits.device)).cpu()
             for row, target, mask in zip(best, labels.target.cpu(), labels.mask.cpu(), strict=True):

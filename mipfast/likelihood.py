@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from mipfast.capture import label_states
-from mipfast.positions import Batch, find_labels, without_labels
+from mipfast.positions import Batch, check_inputs, find_labels, without_labels
 
 
 def log_probs(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities [T,V] at the T scored tokens of a batch, float32 at least; their targets [T])."""
     labels = find_labels(batch)
+    check_inputs(model, batch)
     with label_states(model, labels):
         logits = model(**without_labels(batch), use_cache=False).logits[labels.mask]
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1), labels.target[labels.mask]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mipfast.capture import Capture, image_token
+from mipfast.capture import Capture
 from mipfast.errors import InputError
-from mipfast.positions import Batch
+from mipfast.positions import Batch, image_token
 
 USED = 0.8  # of the free memory; the rest is for gradients on their way, and for what the model of bytes leaves out
 

@@ -6,23 +6,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from mipfast import ops
-from mipfast.capture import image_token, removing
+from mipfast.capture import removing
+from mipfast.direction import STEPS, answer_log_prob, draw_direction, learned_direction
 from mipfast.errors import InputError
 from mipfast.lora import adapter_slices, add_adapter, remove_adapter
-from mipfast.modes import unwrapped
-from mipfast.positions import Batch, Positions, text_rows, without_labels
+from mipfast.modes import held, unwrapped
+from mipfast.positions import (
+    TEXT_POSITIONS,
+    Batch,
+    Positions,
+    check_inputs,
+    check_name,
+    image_token,
+    text_rows,
+    without_labels,
+)
 from mipfast.pruning import Neurons, active_prunes, check_neurons, neuron_slices
 from mipfast.sites import Sites, Stack, find_sites
-from mipfast.training import Losses, Places, check_steps, descend, order, take_batches, training
+from mipfast.training import Losses, Places, check_kind, check_steps, descend, order, take_batches, training
 
 log = logging.getLogger("mipfast")
 
@@ -36,16 +48,17 @@ class RMisUConfig:
     target in units of unit: retain, the retain set's mean hidden norm there; forget, the first forget batch's
     (adaptive RMU, arXiv 2408.06223); none, 1 (RMU, and the released code with a coefficient of 10). alpha: weight of
     the retain loss, 1 - alpha of the forget loss.
-    direction: gaussian, or uniform on [0,1) as released. trainable: path (the neurons' gate/up rows and down columns),
-    down (columns only), lora (an adapter of lora_rank and lora_alpha restricted to the path, see mipfast.lora), all
-    (every FFN up to the layer: plain RMU). positions: where the losses look. steps: optimiser steps, or epochs over the
-    forget batches. lr: of Adam without weight decay. seed: direction and order of batches."""
+    direction: gaussian, uniform on [0,1) as released, or learned before training (`learned_direction`). trainable: path
+    (the neurons' gate/up rows and down columns), down (columns only), lora (an adapter of lora_rank and lora_alpha
+    restricted to the path, see mipfast.lora), all (every FFN up to the layer: plain RMU). positions: where the losses
+    look. steps: optimiser steps, or epochs over the forget batches. lr: of Adam without weight decay. seed: direction
+    and order of batches."""
 
     layer: int | None = None
     steering_coeff: float = 1.0
     unit: Literal["retain", "forget", "none"] = "retain"
     alpha: float = 0.5
-    direction: Literal["gaussian", "uniform"] = "gaussian"
+    direction: Literal["gaussian", "uniform", "learned"] = "gaussian"
     trainable: Literal["path", "down", "lora", "all"] = "path"
     lora_rank: int = 8
     lora_alpha: int = 16
@@ -85,6 +98,7 @@ def hidden_states(
     sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
     stack = (sites or find_sites(model)).text
     _check_layer(layer, stack)
+    check_inputs(model, batch)
     block, ffn = stack.blocks[layer], stack.ffns[layer]
     inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
 
@@ -144,17 +158,46 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
-def steering_target(config: RMisUConfig, forget: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def steering_target(
+    config: RMisUConfig, forget: torch.Tensor, kept: torch.Tensor, direction: torch.Tensor | None = None
+) -> torch.Tensor:
     """steering_coeff times its unit times the direction: [D]. forget [T,D], kept [R,D]: hidden states of the model
-    before training, of the first forget batch and of retain batches.
+    before training, of the first forget batch and of retain batches. direction [D], of any length: None draws what
+    config.direction says; `learned_direction`'s where it says learned, or InputError is raised."""
+    u = draw_direction(config.direction, kept.shape[-1], config.seed) if direction is None else direction
+    return target_length(config, forget, kept) * (u / u.norm()).to(kept)
 
-    The direction is drawn on the CPU, so that every device gets the same one."""
-    generator = torch.Generator().manual_seed(config.seed)
-    draw = torch.randn if config.direction == "gaussian" else torch.rand
-    u = draw(kept.shape[-1], generator=generator, dtype=torch.float64)
+
+def target_length(config: RMisUConfig, forget: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """steering_coeff times its unit, of the same hidden states: scalar."""
     measured = {"retain": kept, "forget": forget}.get(config.unit)
     unit = torch.ones_like(kept[0, 0]) if measured is None else measured.norm(dim=-1).mean()
-    return config.steering_coeff * unit * (u / u.norm()).to(kept)
+    return config.steering_coeff * unit
+
+
+def find_target(
+    model: nn.Module,
+    config: RMisUConfig,
+    layer: int,
+    batches: Sequence[Batch],
+    forget: torch.Tensor,
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """(steering_target, and of a learned direction what it is for: the mean `answer_log_prob` with hidden states on it,
+    and on the draw that it began with). batches: of the forget set; the first STEPS count."""
+    if config.direction != "learned":
+        return steering_target(config, forget, kept), {}
+    length = target_length(config, forget, kept).item()
+    learned = learned_direction(model, batches, layer, config.positions, length, config.seed)
+    drawn = draw_direction("gaussian", len(learned), config.seed)
+    targets = {name: steering_target(config, forget, kept, u) for name, u in (("drawn", drawn), ("learned", learned))}
+    values: dict[str, list[float]] = {name: [] for name in targets}
+    with held(model), torch.no_grad():
+        for i in range(min(STEPS, len(batches))):
+            batch = batches[i]
+            for name, target in targets.items():
+                values[name].append(answer_log_prob(model, batch, layer, config.positions, target).item())
+    return targets["learned"], {f"answer_log_prob_{name}": fmean(found) for name, found in values.items()}
 
 
 def misdirect(
@@ -169,7 +212,8 @@ def misdirect(
     forget, retain: batches as model(**batch) takes them, with labels; of a sequence a batch is asked for when its step
     comes, so that it may be made then. Every step takes one of each. The loss is `rmisu_loss` at the output of block
     `layer`, where the forward pass stops; the retain set's hidden states are held at those of the model before any
-    prune still in force. Returns a report: what trained, what could not, losses per step, the target's length, seconds.
+    prune still in force. Returns a report: what trained, what could not, losses per step, the target's length, seconds,
+    and of a learned direction the answers' mean log-probability with hidden states on it and on the draw it began with.
 
     With trainable="lora" the model then has the adapter, which `model.save_pretrained` writes; see
     `mipfast.lora.fold_prune` for one that needs no prune.
@@ -201,12 +245,15 @@ def misdirect(
         with training(model, train_places(neurons, sites, config.trainable)) as leaves:
             with unedited(model):
                 kept = {i: hidden(retain[i]) for i in sorted(set(retain_order))}
-                target = steering_target(config, hidden(forget[forget_order[0]]), torch.cat(list(kept.values())))
+                first, every = hidden(forget[forget_order[0]]), torch.cat(list(kept.values()))
+                seen: Any = Subset(forget, forget_order)  # type: ignore[arg-type]
+                target, likely = find_target(model, config, layer, seen, first, every)
             pairs = list(zip(forget_order, retain_order, strict=True))
             epoch = max(len(forget), len(retain))
             report = descend(leaves, terms, pairs, config.lr, epoch, "misdirect", config.progress)
         edit.pop_all()
     return report | {
+        **likely,
         "config": asdict(config) | {"layer": layer},
         "seed": config.seed,
         "above_the_steering_layer": above,
@@ -229,8 +276,10 @@ def _check_layer(layer: int, text: Stack) -> None:
 
 def check_config(config: RMisUConfig) -> None:
     """Raises InputError for a value that no run could use."""
-    if config.direction not in ("gaussian", "uniform"):
-        raise InputError(f"direction={config.direction!r}; expected gaussian or uniform")
+    check_kind(config, RMisUConfig)
+    check_name(config.positions, TEXT_POSITIONS)
+    if config.direction not in ("gaussian", "uniform", "learned"):
+        raise InputError(f"direction={config.direction!r}; expected gaussian, uniform or learned")
     if config.unit not in ("retain", "forget", "none"):
         raise InputError(f"unit={config.unit!r}; expected retain, forget or none")
     if not 0 <= config.alpha <= 1:

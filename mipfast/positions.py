@@ -17,6 +17,7 @@ Positions = str | torch.Tensor | list
 
 TEXT_POSITIONS = ("last_prompt", "answer", "first", "prompt", "all")
 VISION_POSITIONS = ("all", "first")
+BATCH = "expected what model(**batch) takes, tensors by name, with labels [n,S]; forget and retain are lists of such"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +56,19 @@ def find_labels(batch: Batch) -> Labels:
     """The scored tokens of batch["labels"] [n,S]; -100 is not scored, and neither is position 0, which nothing
     predicts.
 
-    Raises InputError without labels, and for samples in which all are -100."""
-    labels = batch.get("labels")
+    Raises InputError for what is no batch, without labels, and for samples in which all are -100."""
+    if not isinstance(batch, Mapping):
+        raise InputError(f"found a {type(batch).__name__} in the place of a batch; {BATCH}")
+    labels, ids = batch.get("labels"), batch.get("input_ids")
     if labels is None:
         raise InputError(
             f"the batch has no labels (it has {', '.join(batch)}); expected labels [n,S] with -100 on unscored tokens"
         )
-    if labels.ndim != 2:
-        raise InputError(f"labels have shape {tuple(labels.shape)}; expected [n,S]")
+    if not isinstance(labels, torch.Tensor):
+        raise InputError(f"labels are a {type(labels).__name__}; {BATCH}")
+    if labels.ndim != 2 or (ids is not None and labels.shape != ids.shape):
+        beside = "" if ids is None else f" beside input_ids {tuple(ids.shape)}"
+        raise InputError(f"labels have shape {tuple(labels.shape)}{beside}; expected [n,S], as many as tokens")
     scored = labels[:, 1:] != -100
     empty = (~scored.any(1)).nonzero().flatten().tolist()
     if empty:
@@ -74,12 +80,48 @@ def find_labels(batch: Batch) -> Labels:
     return Labels(index, target, mask)
 
 
+def image_token(config: Any) -> int | None:
+    """Id of the placeholder that stands for a picture's tokens."""
+    return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+
+
+def check_inputs(model: Any, batch: Batch) -> None:
+    """Tokens must be words of the model, and Qwen-VL's three ways of counting pictures must agree; transformers says
+    less clearly what is wrong. Raises InputError."""
+    pixels, grid, ids = (batch.get(name) for name in ("pixel_values", "image_grid_thw", "input_ids"))
+    token = image_token(model.config)
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for name, found in (("input_ids", ids), ("labels", batch.get("labels"))):
+        if size is not None and found is not None and bool((outside := (found >= size) & (found != token)).any()):
+            raise InputError(
+                f"{name} hold token {found[outside].max()}; the model has the tokens 0..{size - 1}: make batches with "
+                "the model's own tokenizer"
+            )
+    merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", None)
+    if pixels is None or grid is None or ids is None or merge is None or token is None:
+        return
+    patches, placeholders = int(grid.prod(1).sum()), int((ids == token).sum())
+    if len(pixels) != patches or placeholders * merge**2 != patches:
+        raise InputError(
+            f"image_grid_thw says {patches} patches, {patches // merge**2} placeholders after merging {merge}x{merge}; "
+            f"found {len(pixels)} rows of pixel_values and {placeholders} image placeholders in input_ids: make all "
+            "three with the model's own processor"
+        )
+
+
+def check_name(positions: Any, names: tuple[str, ...]) -> None:
+    """Raises InputError for a name that is none of a modality's; indices are checked where they meet a batch."""
+    if isinstance(positions, str) and positions not in names:
+        raise InputError(f"positions={positions!r}; expected {', '.join(names)}, or indices")
+
+
 def text_rows(batch: Batch, positions: Positions) -> Rows:
     """Rows of the flattened [n·S] token dimension.
 
     last_prompt: the first position whose logits predict a label. answer: all positions whose logits predict a label,
     first label span. first: position 0. prompt: attended positions up to last_prompt. all: attended positions.
     Otherwise indices [P] for every sample, or [n,P]."""
+    check_name(positions, TEXT_POSITIONS)
     labels = find_labels(batch)
     n, length = batch["labels"].shape
     mask = batch.get("attention_mask")
@@ -104,10 +146,8 @@ def text_rows(batch: Batch, positions: Positions) -> Rows:
         chosen = steps == 0
     elif positions == "prompt":
         chosen = attended & (steps <= last_prompt)
-    elif positions == "all":
-        chosen = attended
     else:
-        raise InputError(f"unknown text positions {positions!r}; expected {', '.join(TEXT_POSITIONS)}, or indices")
+        chosen = attended
     sample, position = chosen.nonzero(as_tuple=True)
     return Rows(sample, sample * length + position)
 
@@ -116,12 +156,11 @@ def vision_rows(counts: torch.Tensor, positions: Positions) -> Rows:
     """Rows of a vision tower's flattened tokens; counts [n] of them belong to each sample, in order.
 
     all, first, or indices [P] or [n,P] within each sample's tokens."""
+    check_name(positions, VISION_POSITIONS)
     starts = counts.cumsum(0) - counts
     if isinstance(positions, str) and positions == "all":
         index = torch.arange(int(counts.sum()), device=counts.device)
         return Rows(torch.arange(len(counts), device=counts.device).repeat_interleave(counts), index)
-    if isinstance(positions, str) and positions != "first":
-        raise InputError(f"unknown vision positions {positions!r}; expected {', '.join(VISION_POSITIONS)}, or indices")
     inside = _indices([0] if isinstance(positions, str) else positions, len(counts), int(counts.min())).to(
         counts.device
     )

@@ -106,6 +106,11 @@ def check_neurons(model: nn.Module, neurons: Neurons) -> Sites:
     changed."""
     if not isinstance(neurons, Mapping):
         raise InputError(f"the path is a {type(neurons).__name__}; expected a NeuronPath (model, path, forget, retain)")
+    for key, indices in neurons.items():
+        if not (isinstance(key, tuple) and len(key) == 2 and isinstance(indices, torch.Tensor)):
+            raise InputError(
+                f"the path has {key!r}: a {type(indices).__name__}; expected (stack, layer): a tensor of indices"
+            )
     sites = find_sites(model)
     fingerprint = getattr(neurons, "fingerprint", None)
     if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint) and not active_prunes(model):

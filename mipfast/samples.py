@@ -69,12 +69,12 @@ class Encoder:
         try:
             images = _loaded(AutoImageProcessor, folder)
         except (ModelError, ImportError) as error:  # text alone needs neither
-            log.info("no pictures can be read: %s", _first_line(error))
+            log.info("no pictures can be read: %s", _first_sentence(error))
             return cls(tokenizer, None, config)
         try:
             processor = _loaded(AutoProcessor, folder)
         except (ModelError, ImportError) as error:
-            log.info("no processor, so pictures go by the image processor: %s", _first_line(error))
+            log.info("no processor, so pictures go by the image processor: %s", _first_sentence(error))
             return cls(tokenizer, images, config)
         if not isinstance(processor, ProcessorMixin):  # of a folder without one's files it is the tokenizer
             return cls(tokenizer, images, config)
@@ -304,7 +304,7 @@ def check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={device!r} is not to be had here ({_first_line(error)}); expected cpu") from error
+        raise InputError(f"device={device!r} is not to be had here ({_first_sentence(error)}); expected cpu") from error
 
 
 def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
@@ -329,10 +329,10 @@ def _loaded(auto: Any, folder: str | Path, **options: Any) -> Any:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder} gives no {auto.__name__} ({_first_line(error)}); expected a transformers folder or Hub id"
+            f"{folder} gives no {auto.__name__} ({_first_sentence(error)}); expected a transformers folder or Hub id"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    """transformers goes on for a paragraph."""
-    return str(error).strip().split("\n")[0]
+def _first_sentence(error: Exception) -> str:
+    """transformers goes on for a paragraph, and breaks its lines within a sentence."""
+    return str(error).strip().split("\n")[0].split(". ")[0]

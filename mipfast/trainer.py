@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -13,17 +13,18 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from mipfast.direction import STEPS
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact
 from mipfast.misdirection import (
     RMisUConfig,
     check_config,
     check_no_hook,
+    find_target,
     hidden_states,
     reached,
     rmisu_loss,
     steering_layer,
-    steering_target,
     train_places,
     unedited,
 )
@@ -32,6 +33,8 @@ from mipfast.positions import Batch
 from mipfast.pruning import Neurons, check_neurons
 from mipfast.sites import find_sites
 from mipfast.training import Leaves, Losses, training
+
+ITEMS = "'forget' and 'retain' in every item, an example of each"
 
 
 class RMisUTrainer(Trainer):
@@ -43,7 +46,8 @@ class RMisUTrainer(Trainer):
     slices alone, in float32 at least, and weight decay acts on them; everything else stays bit for bit. The model runs
     in eval mode (no dropout, no gradient checkpointing), to the steering layer. The retain set is held at the hidden
     states of the model as train() found it, without prunes in force: one more forward pass per step, no second model.
-    With unit "retain" a pass over the retain half measures the target's length first.
+    With unit "retain" a pass over the retain half measures the target's length first; a learned direction is learned
+    from the dataset's first 40 forget batches, and train()'s metrics say what it is for, as misdirect's report does.
 
     Checkpoints hold the slices beside the model; resume with the model (and prune) that the run started from. Several
     processes average their gradients; no FSDP, no DeepSpeed. Raises InputError for what it cannot train."""
@@ -88,10 +92,11 @@ class RMisUTrainer(Trainer):
         with training(self.model, train_places(self._neurons, self._sites, self.rmisu.trainable)) as self._leaves:
             self._before = [leaf.tensor.detach().clone() for leaf in self._leaves]
             self._moved = None
-            self._target = self._measure_target()
+            self._target, likely = self._measure_target()
             result = super().train(*args, **kwargs)
         if self._moved is False:
             raise InputError(f"no gradient reached {', '.join(sorted({leaf.place for leaf in self._leaves}))}")
+        result.metrics.update(likely)
         return result
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -143,26 +148,30 @@ class RMisUTrainer(Trainer):
                 leaf.tensor.copy_(value)
                 leaf.write()
 
-    def _measure_target(self) -> torch.Tensor:
+    def _measure_target(self) -> tuple[torch.Tensor, dict[str, float]]:
         """In the order of the dataset, so that no random state moves."""
+        if self.train_dataset is None:
+            raise InputError(f"there is no train_dataset; expected one with {ITEMS}")
         dataset, size = iter(self.train_dataset), self.args.per_device_train_batch_size
-        forget: torch.Tensor | None = None
+        few = STEPS if self.rmisu.direction == "learned" else 1
+        forget: list[Batch] = []
         retain: list[torch.Tensor] = []
         with self._as_before():
-            while items := list(islice(dataset, size)):
+            while (self.rmisu.unit == "retain" or len(forget) < few) and (items := list(islice(dataset, size))):
                 batch = cast(dict[str, Any], self._prepare_inputs(self._collate(items)))
                 retain.append(self._hidden(batch["retain"]))
-                forget = self._hidden(batch["forget"]) if forget is None else forget
-                if self.rmisu.unit != "retain":
-                    break
-        if forget is None:
-            raise InputError("train_dataset is empty; expected items {'forget': example, 'retain': example}")
-        return steering_target(self.rmisu, forget, torch.cat(retain))
+                forget += [batch["forget"]] if len(forget) < few else []
+            if not forget:
+                raise InputError(f"train_dataset is empty; expected {ITEMS}")
+            first, kept = self._hidden(forget[0]), torch.cat(retain)
+            return find_target(self.model, self.rmisu, self._layer, forget, first, kept)
 
     def _collate(self, items: list[Any]) -> dict[str, Any]:
-        for side in ("forget", "retain"):
-            if any(side not in item for item in items):
-                raise InputError(f"an item of train_dataset has {list(items[0])}; expected 'forget' and 'retain'")
+        for item in items:
+            if not isinstance(item, Mapping):
+                raise InputError(f"an item of train_dataset is a {type(item).__name__}; expected {ITEMS}")
+            if not {"forget", "retain"} <= item.keys():
+                raise InputError(f"an item of train_dataset has {', '.join(item) or 'nothing'}; expected {ITEMS}")
         return {side: self._examples_collator([item[side] for item in items]) for side in ("forget", "retain")}
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -180,10 +189,10 @@ class RMisUTrainer(Trainer):
         names = [str(i) for i in range(len(self._leaves))]
         tensors, _ = load_artefact(resume_from_checkpoint, "slices", [*names, "target"], ["layer"])
         shapes = [tensors[name].shape for name in names]
-        target = tensors["target"].to(self._target)
-        if shapes != [leaf.tensor.shape for leaf in self._leaves] or not torch.allclose(
-            target, self._target, rtol=1e-3
-        ):
+        target, again = tensors["target"].to(self._target), self._target
+        if self.rmisu.direction == "learned":  # its steps may have grown a rounding: the checkpoint's goes on
+            self._target, target, again = target, target.norm(), again.norm()
+        if shapes != [leaf.tensor.shape for leaf in self._leaves] or not torch.allclose(target, again, rtol=1e-3):
             raise InputError(
                 f"{resume_from_checkpoint} is of a run with another path, base model or RMisUConfig; resume with what "
                 "it started from"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.modes import held
-from mipfast.positions import Batch
+from mipfast.positions import BATCH, Batch
 from mipfast.pruning import Slice
 
 log = logging.getLogger("mipfast")
+T = TypeVar("T")
 
 
 class Losses(NamedTuple):
@@ -150,19 +152,31 @@ def order(seed: int, counts: Iterable[int], steps: int) -> list[list[int]]:
 
 def take_batches(forget: Iterable[Batch], retain: Iterable[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
     """A sequence is kept: it may make its batches when asked for them. Raises InputError where there is none of
-    either."""
+    either, or one batch in the place of many."""
+    for name, batches in (("forget", forget), ("retain", retain)):
+        if isinstance(batches, Mapping | str):
+            raise InputError(f"{name} is a {type(batches).__name__}, as one batch is; {BATCH}")
     forget, retain = (batches if isinstance(batches, Sequence) else list(batches) for batches in (forget, retain))
     if not forget or not retain:
         raise InputError(f"{len(forget)} forget and {len(retain)} retain batches; expected at least one each")
     return forget, retain
 
 
+def check_kind(config: T, kind: type[T]) -> T:
+    """The config. Raises InputError for what is none of that dataclass, such as a dict of its fields."""
+    if not isinstance(config, kind):
+        names = ", ".join(field.name for field in fields(cast(Any, kind)))
+        raise InputError(f"the config is a {type(config).__name__}; expected a {kind.__name__}({names})")
+    return config
+
+
 def check_steps(config: Any) -> None:
     """Raises InputError for a learning rate or a length of training that no run could use."""
-    if not config.lr > 0:
-        raise InputError(f"lr={config.lr}; expected a positive one")
-    if config.epochs < 1 or (config.steps is not None and config.steps < 1):
-        raise InputError(f"steps={config.steps}, epochs={config.epochs}; expected at least 1")
+    if not isinstance(config.lr, int | float) or not config.lr > 0:
+        raise InputError(f"lr={config.lr!r}; expected a positive number")
+    counts = [config.epochs] if config.steps is None else [config.epochs, config.steps]
+    if any(not isinstance(count, int) or count < 1 for count in counts):
+        raise InputError(f"steps={config.steps}, epochs={config.epochs}; expected integers of at least 1")
 
 
 def descend(
@@ -187,7 +201,8 @@ def descend(
     for done, step in enumerate(tqdm(steps, desc=name, disable=not progress)):
         for term in terms_of(step):
             if not bool(term.loss.isfinite()):
-                raise DivergedError(f"the loss of step {done} of {name} is {term.loss.item()}; lower lr ({lr})")
+                advice = f"lower lr ({lr})" if done else "check the model's weights and dtype, and the target's length"
+                raise DivergedError(f"the loss of step {done} of {name} is {term.loss.item()}; {advice}")
             if term.loss.requires_grad:  # not where a vision path meets batches without pictures
                 term.loss.backward()
             for part, values in seen.items():

@@ -13,9 +13,10 @@ from mipfast.errors import InputError
 from mipfast.lora import fold_prune
 from mipfast.misdirection import RMisUConfig, check_config, misdirect, steering_layer
 from mipfast.path import Aggregate, NeuronPath
-from mipfast.positions import Batch
+from mipfast.positions import Batch, find_labels
 from mipfast.pruning import prune
 from mipfast.sites import Sites, find_sites
+from mipfast.training import check_kind, take_batches
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,17 @@ def unlearn(
     retain set. With rmisu.trainable="lora" the weights stay and the adapter does the prune's work too
     (`mipfast.lora.fold_prune`). Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath. Raises
     what the three stages raise."""
-    config = config or MIPConfig()
+    config = check_kind(config or MIPConfig(), MIPConfig)
     check_config(config.rmisu)
     if config.rmisu.trainable == "all":
         raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
-    forget, retain = list(forget), list(retain)
+    forget, retain = ([*batches] for batches in take_batches(forget, retain))
+    for name, batches in (("forget", forget), ("retain", retain)):
+        for i, batch in enumerate(batches):  # before hours of locating
+            try:
+                find_labels(batch)
+            except InputError as error:
+                raise InputError(f"{name} batch {i}: {error}") from error
     path, located = locate_path(model, forget, retain, config)
     return {
         "path": path,

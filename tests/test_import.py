@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EDITING = {"pruning", "training", "misdirection", "baselines", "lora", "trainer"}
+EDITING = {"pruning", "training", "direction", "misdirection", "baselines", "lora", "trainer"}
 LOCATING = {"attribution", "path", "unlearning"} | EDITING
 ENGINE = {"sites", "capture", "prefix", "replay", "chunks", "memory", "quadrature"}
 

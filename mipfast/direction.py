@@ -1,0 +1,80 @@
+"""Where RMisU steers to: a direction drawn at random, or learned so that the answer is least likely once the hidden
+states are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mipfast.capture import label_states, removing
+from mipfast.errors import InputError
+from mipfast.modes import held, unwrapped
+from mipfast.positions import Batch, Positions, check_inputs, find_labels, text_rows, without_labels
+from mipfast.sites import find_sites
+
+STEPS, LR = 40, 0.1
+
+
+def draw_direction(kind: str, size: int, seed: int) -> torch.Tensor:
+    """[size], float64, of any length, on the CPU, so that every device gets the same one. kind: gaussian, or uniform on
+    [0,1) as in RMU's code (arXiv 2403.03218). Raises InputError for another kind."""
+    draws = {"gaussian": torch.randn, "uniform": torch.rand}
+    if kind not in draws:
+        raise InputError(
+            f"direction={kind!r} is not drawn; expected gaussian or uniform, or give steering_target what "
+            "mipfast.learned_direction returns"
+        )
+    return draws[kind](size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def answer_log_prob(model: Any, batch: Batch, layer: int, positions: Positions, target: torch.Tensor) -> torch.Tensor:
+    """Mean log-probability of a batch's label tokens, the hidden states behind text block `layer` being target [D] at
+    the chosen positions and what they are elsewhere. Scalar, float32 at least, differentiable in the target."""
+    labels, rows = find_labels(batch), text_rows(batch, positions).index
+    check_inputs(model, batch)
+
+    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        values = target.to(state).expand(len(rows), -1)
+        moved = state.detach().flatten(0, 1).index_copy(0, rows.to(state.device), values).view_as(state)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    with removing(find_sites(model).text.blocks[layer].register_forward_hook(replace)), label_states(model, labels):
+        logits = model(**without_labels(batch), use_cache=False).logits[labels.mask]
+    return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels.target[labels.mask])
+
+
+def learned_direction(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layer: int,
+    positions: Positions,
+    length: float,
+    seed: int = 0,
+    steps: int = STEPS,
+) -> torch.Tensor:
+    """Unit vector u [D], float32 at least, that minimises the batches' mean `answer_log_prob` at the target length · u:
+    `steps` steps of Adam, a batch each, in order and over again, from the seed's gaussian draw, u made of unit length
+    after every step.
+
+    length: the target's. Not where all answers are equally likely: on the demo's base one wrong word takes nearly all.
+    The model is left as it was found."""
+    parameter = next(model.parameters())
+    size = unwrapped(model).config.get_text_config().hidden_size
+    start = draw_direction("gaussian", size, seed).to(parameter.device)
+    # sqrt(D) long, so that an entry is about 1 and LR means the same angle at every width
+    v = (size**0.5 / start.norm() * start).to(torch.promote_types(parameter.dtype, torch.float32)).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=LR)
+    with held(model), torch.enable_grad():
+        for step in range(steps):
+            value = answer_log_prob(model, batches[step % len(batches)], layer, positions, length * v / v.norm())
+            (v.grad,) = torch.autograd.grad(value, v)
+            optimizer.step()
+            with torch.no_grad():
+                v *= size**0.5 / v.norm()
+    return v.detach() / v.detach().norm()

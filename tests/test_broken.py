@@ -1,0 +1,344 @@
+"""Every kind of broken setting or data that comes through a public door says what was found, and what to do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import twins
+import typer
+import yaml
+from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
+from transformers import TrainingArguments
+
+from mipfast import (
+    LocateConfig,
+    MIPConfig,
+    MipfastError,
+    NeuronPath,
+    RMisUConfig,
+    RMisUTrainer,
+    baselines,
+    data,
+    evaluate,
+    find_sites,
+    hidden_states,
+    locate,
+    misdirect,
+    pipeline,
+    prune,
+    streaming,
+    unlearn,
+)
+from mipfast.cli import app
+
+MODEL = tiny_llama()
+FORGET, RETAIN = ([text_batch(MODEL, [9, 7], [2, 1], seed=seed + i) for i in range(2)] for seed in (0, 10))
+FIRST = FORGET[0]
+SEEING = tiny_qwen_vl()
+PICTURES = image_batch(SEEING, 2)
+SHORT = PICTURES | {"pixel_values": PICTURES["pixel_values"][:-4]}
+
+
+def path_of(model):
+    sites = find_sites(model)
+    return NeuronPath({(sites.text.name, 0): torch.arange(4)}, sites.fingerprint())
+
+
+PATH = path_of(MODEL)
+
+
+def nan():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = float("nan")
+    return model
+
+
+def unlearned(forget=FORGET, retain=RETAIN, model=MODEL, config=None, **rmisu):
+    unlearn(model, forget, retain, config or MIPConfig(rmisu=RMisUConfig(**rmisu)))
+
+
+def misdirected(path=PATH, forget=FORGET, retain=RETAIN, config=None, **rmisu):
+    misdirect(MODEL, path, forget, retain, config or RMisUConfig(**rmisu))
+
+
+def compared(method="ga", forget=FORGET, config=None, model=MODEL):
+    baselines.run(model, method, forget, RETAIN, config)
+
+
+def trained(folder, dataset, rmisu=None):
+    args = TrainingArguments(folder, report_to=[], use_cpu=True, per_device_train_batch_size=1)
+    one = {"data_collator": lambda examples: examples[0], "train_dataset": dataset}
+    RMisUTrainer(MODEL, args, path=PATH, rmisu=rmisu, **one).train()
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+BATCH = r"expected what model\(\*\*batch\) takes, tensors by name, with labels"
+THEIR_OWN = "make all three with the model's own processor"
+POSITIONS = "expected last_prompt, answer, first, prompt, all, or indices"
+
+KINDS = {  # name: (what is done, what the message says was found, what it says to do)
+    # batches
+    "an empty forget set": (lambda: unlearned(forget=[]), "0 forget and 2 retain batches", "at least one each"),
+    "an empty retain set": (lambda: unlearned(retain=[]), "2 forget and 0 retain batches", "at least one each"),
+    "one batch for a list": (lambda: unlearned(forget=FIRST), "forget is a dict, as one batch is", BATCH),
+    "a file's name for a list": (lambda: misdirected(retain="retain.jsonl"), "retain is a str", BATCH),
+    "texts for batches": (lambda: unlearned(forget=["Who is she ?"]), "forget batch 0: found a str", BATCH),
+    "tensors for batches": (lambda: unlearned(retain=[FIRST["input_ids"]]), "retain batch 0: found a Tensor", BATCH),
+    "one batch to judge": (lambda: evaluate(MODEL, FIRST), "found a str in the place of a batch", BATCH),
+    "retain without labels": (
+        lambda: unlearned(retain=[RETAIN[0], without_labels(RETAIN[1])]),
+        r"retain batch 1: the batch has no labels \(it has input_ids, attention_mask",
+        r"expected labels \[n,S\] with -100 on unscored",
+    ),
+    "labels that are lists": (lambda: unlearned(forget=[FIRST | {"labels": [[1]]}]), "labels are a list", BATCH),
+    "labels of another length": (
+        lambda: misdirected(forget=[FIRST | {"labels": FIRST["labels"][:, 1:]}]),
+        r"labels have shape \(2, 8\) beside input_ids \(2, 9\)",
+        r"expected \[n,S\], as many as tokens",
+    ),
+    "nothing labelled": (
+        lambda: compared(forget=[FIRST | {"labels": torch.full_like(FIRST["labels"], -100)}]),
+        r"labels of samples \[0, 1\] are all -100",
+        "label the answer tokens",
+    ),
+    "another model's tokens": (
+        lambda: hidden_states(MODEL, FIRST | {"input_ids": FIRST["input_ids"] + 61}, 1),
+        r"input_ids hold token \d+; the model has the tokens 0..60",
+        "the model's own tokenizer",
+    ),
+    "another model's labels": (
+        lambda: compared(forget=[FIRST | {"labels": FIRST["labels"].clamp_min(99)}]),
+        "labels hold token 99; the model has the tokens 0..60",
+        "the model's own tokenizer",
+    ),
+    **{
+        f"pictures without their placeholders, {door}": (call, "found 28 rows of pixel_values and 8", THEIR_OWN)
+        for door, call in {
+            "unlearn": lambda: unlearned([PICTURES], [SHORT], SEEING),
+            "misdirect": lambda: misdirect(SEEING, path_of(SEEING), [SHORT], [PICTURES]),
+            "baselines": lambda: compared(forget=[SHORT], model=SEEING),
+            "evaluate": lambda: evaluate(SEEING, [SHORT]),
+        }.items()
+    },
+    "pictures for a text model": (
+        lambda: locate(MODEL, PICTURES, modality="vision"),
+        "the model has only the text stack",
+        "expected a vision tower, or modality='text'",
+    ),
+    # settings
+    "a dict for unlearn's config": (
+        lambda: unlearned(config={"fraction": 0.1}),
+        "the config is a dict",
+        r"expected a MIPConfig\(text, vision, fraction",
+    ),
+    "another stage's config": (lambda: unlearned(config=RMisUConfig()), "is a RMisUConfig", "expected a MIPConfig"),
+    "a dict inside the config": (
+        lambda: unlearned(config=MIPConfig(rmisu={"lr": 1})),
+        "the config is a dict",
+        r"expected a RMisUConfig\(layer",
+    ),
+    "a dict for misdirect": (lambda: misdirected(config={"lr": 1}), "is a dict", r"expected a RMisUConfig\(layer"),
+    "a dict for a baseline": (
+        lambda: compared(config={"lr": 1}),
+        "the config is a dict",
+        r"expected a BaselineConfig\(steps, epochs, lr",
+    ),
+    "an unknown key": (
+        lambda: locate(MODEL, FIRST, stepz=3),
+        "unexpected keyword argument 'stepz'",
+        "LocateConfig has modality, score",
+    ),
+    "a negative learning rate": (lambda: unlearned(lr=-1.0), "lr=-1.0", "expected a positive number"),
+    "a learning rate as text": (lambda: misdirected(lr="1e-3"), "lr='1e-3'", "expected a positive number"),
+    "no steps": (lambda: misdirected(steps=0), "steps=0, epochs=1", "expected integers of at least 1"),
+    "half a step": (
+        lambda: compared(config=baselines.BaselineConfig(steps=2.5)),
+        "steps=2.5, epochs=1",
+        "expected integers of at least 1",
+    ),
+    "a layer beyond the depth": (lambda: unlearned(layer=9), "layer=9", r"the text stack has layers 0\.\.3"),
+    "alpha 2": (lambda: unlearned(alpha=2), "alpha=2", r"expected 0\.\.1"),
+    "a fraction of 0": (
+        lambda: unlearned(config=MIPConfig(fraction=0)),
+        "fraction=0",
+        r"expected a share of the neurons in \(0, 1\]",
+    ),
+    "an unknown aggregate": (
+        lambda: unlearned(config=MIPConfig(aggregate="best")),
+        "aggregate='best'",
+        "expected mean, union, contrast or snr",
+    ),
+    "an unknown direction": (
+        lambda: unlearned(direction="north"),
+        "direction='north'",
+        "expected gaussian, uniform or learned",
+    ),
+    "an unknown trainable": (lambda: misdirected(trainable="some"), "trainable='some'", "expected path, down, lora or"),
+    "unlearn without a path": (lambda: unlearned(trainable="all"), "trainable='all'", "call misdirect"),
+    "unknown positions of a loss": (lambda: misdirected(positions="end"), "positions='end'", POSITIONS),
+    "unknown positions of a score": (lambda: locate(MODEL, FIRST, positions="end"), "positions='end'", POSITIONS),
+    "unknown positions of a state": (lambda: hidden_states(MODEL, FIRST, 1, "end"), "positions='end'", POSITIONS),
+    "an unknown baseline": (lambda: compared("sgd"), "method='sgd'", "expected ga, graddiff, kl, npo"),
+    "a baseline's class": (lambda: compared(baselines.NPO), "method=<class", "or an instance of mipfast.baselines'"),
+    "a baseline's unknown unit": (
+        lambda: compared(baselines.RMU(unit="miles")),
+        "unit='miles'",
+        "expected retain, forget or none",
+    ),
+    "beta 0": (lambda: compared(baselines.NPO(beta=0.0)), "beta=0.0", "expected a positive number"),
+    # models and paths
+    "no model": (lambda: unlearned(model="Qwen/Qwen2.5"), "str has no get_decoder", "expected a transformers causal"),
+    "NaN weights, unlearn": (
+        lambda: unlearned(model=nan()),
+        r"layer 0 are not finite in samples \[0, 1\]",
+        "check the model's weights and dtype",
+    ),
+    "NaN weights, a loss": (
+        lambda: compared(model=nan()),
+        "the loss of step 0 of GA is nan",
+        "check the model's weights and dtype",
+    ),
+    "NaN weights, a choice": (
+        lambda: compared("manu", model=nan()),
+        "activations are not finite",
+        "check the model's weights and dtype",
+    ),
+    "another model's path": (
+        lambda: misdirected(path_of(SEEING)),
+        "made for another model: it names stacks",
+        "locate on this model again",
+    ),
+    "another model's indices": (
+        lambda: prune(MODEL, {("model.layers", 0): torch.tensor([48])}),
+        "names neurons of model.layers layer 0 that do not exist",
+        "locate on this model again",
+    ),
+    "indices that are lists": (
+        lambda: prune(MODEL, {("model.layers", 0): [1, 2]}),
+        r"the path has \('model.layers', 0\): a list",
+        r"expected \(stack, layer\): a tensor of indices",
+    ),
+    "a path without layers": (
+        lambda: prune(MODEL, {"model.layers": torch.arange(2)}),
+        "the path has 'model.layers': a Tensor",
+        r"expected \(stack, layer\)",
+    ),
+    "arguments in another order": (
+        lambda: misdirect(MODEL, FORGET, RETAIN, PATH),
+        "the path is a list",
+        r"expected a NeuronPath \(model, path, forget, retain\)",
+    ),
+    # the demo
+    "a ratio that is not offered": (
+        lambda: app(["demo", "--forget", "0.5"], standalone_mode=False),
+        "0.5",
+        "expected 0.05, 0.10 or 0.15",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_broken_is_named_with_what_to_do(kind):
+    broken, found, expected = KINDS[kind]
+    before = {name: p.detach().clone() for name, p in MODEL.named_parameters()}
+    with pytest.raises((MipfastError, typer.BadParameter), match=found) as raised:
+        broken()
+    raised.match(expected)
+    assert all(torch.equal(p, before[name]) for name, p in MODEL.named_parameters())
+
+
+FILES = {  # name: (what is written, what reads it, found, expected)
+    "a YAML's unknown key": (
+        lambda file: file.write_text(yaml.safe_dump({"model": "m", "unlearn": {"rmisu": {"rate": 1}}})),
+        pipeline.Experiment.from_yaml,
+        "unlearn.rmisu.rate: no such key",
+        "expected one of layer, .* lr",
+    ),
+    "no YAML": (
+        lambda file: file.write_text("model: ["),
+        pipeline.Experiment.from_yaml,
+        "cannot be read as YAML",
+        r"expected a file like examples/\*.yaml",
+    ),
+    "a JSONL's third line": (
+        lambda file: file.write_text('{"prompt": "a", "answer": "b"}\n' * 2 + '{"prompt": "a", "answer": \n'),
+        lambda file: streaming.survey(None, file, LocateConfig().resolved(), limit=3),
+        "line 3: Expecting value",
+        'expected one object a line, {"prompt": text, "answer": text}',
+    ),
+    "a parquet table": (
+        lambda file: (
+            twins.write(file, twins.TRAINING, [twins.training_row(0)]),
+            next(file.iterdir()).write_bytes(b"PAR1 and then nothing"),
+        ),
+        lambda file: data.load(file.parent, file.name),
+        "cannot be read as parquet",
+        "fetch it again",
+    ),
+    "a saved path": (
+        lambda file: (PATH.save_pretrained(file), (file / "path.json").write_text("{")),
+        NeuronPath.from_pretrained,
+        "holds a truncated or damaged path",
+        "write it again",
+    ),
+    "a folder without a path": (
+        lambda file: file.mkdir(),
+        NeuronPath.from_pretrained,
+        "path.safetensors is missing",
+        "expected a folder written by save_pretrained",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_broken_file_is_named_with_what_to_do(kind, tmp_path):
+    write, read, found, expected = FILES[kind]
+    write(tmp_path / "broken")
+    with pytest.raises(MipfastError, match=f"broken.*{found}") as raised:
+        read(tmp_path / "broken")
+    raised.match(expected)
+
+
+ITEMS = "expected (one with )?'forget' and 'retain' in every item, an example of each"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "found", "expected"),
+    [
+        (None, "there is no train_dataset", ITEMS),
+        ([], "train_dataset is empty", ITEMS),
+        ({"forget": FORGET, "retain": RETAIN}, "an item of train_dataset is a str", ITEMS),
+        ([(FORGET[0], RETAIN[0])], "an item of train_dataset is a tuple", ITEMS),
+        ([{"forget": FIRST, "kept": FIRST}], "an item of train_dataset has forget, kept", ITEMS),
+        ([{"forget": FIRST, "retain": without_labels(FIRST)}], "the batch has no labels", r"expected labels \[n,S\]"),
+    ],
+)
+def test_a_trainer_s_broken_dataset_is_named(dataset, found, expected, tmp_path):
+    with pytest.raises(MipfastError, match=f"{found}.*{expected}"):
+        trained(tmp_path, dataset)
+
+
+def test_a_trainer_s_broken_config_is_named(tmp_path):
+    with pytest.raises(MipfastError, match=r"is a dict; expected a RMisUConfig\(layer"):
+        trained(tmp_path, [], {"lr": 1})
+    with pytest.raises(MipfastError, match="trainable='lora'; RMisUTrainer takes path or down, misdirect the others"):
+        trained(tmp_path, [], replace(RMisUConfig(), trainable="lora"))
+
+
+def test_a_missing_processor_is_told_in_whole_sentences(monkeypatch, caplog):
+    import transformers
+
+    from mipfast.demo.run import WEIGHTS
+    from mipfast.samples import Encoder
+
+    def missing(*args, **kwargs):
+        raise ImportError("\nA needs B but it was not found. Check out the instructions on the\npage.\n")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    with caplog.at_level("INFO", logger="mipfast"):
+        assert Encoder.from_pretrained(WEIGHTS / "base").processor is None
+    assert caplog.messages[-1].endswith("by the image processor: A needs B but it was not found")
