@@ -12,7 +12,7 @@ from mipfast.attribution import Attribution, LocateConfig, locate
 from mipfast.errors import InputError
 from mipfast.lora import fold_prune
 from mipfast.misdirection import RMisUConfig, check_config, misdirect, steering_layer
-from mipfast.path import Aggregate, NeuronPath
+from mipfast.path import Aggregate, NeuronPath, check_choice
 from mipfast.positions import Batch
 from mipfast.pruning import prune
 from mipfast.sites import Sites, find_sites
@@ -30,6 +30,13 @@ class MIPConfig:
     aggregate: Aggregate = "snr"
     rmisu: RMisUConfig = field(default_factory=RMisUConfig)
     progress: bool = False
+
+    def check(self) -> None:
+        """Raises InputError for a value that no run could use."""
+        check_choice(self.aggregate, self.fraction)
+        for config in filter(None, (self.text, self.vision)):
+            config.resolved()
+        check_config(self.rmisu)
 
     @classmethod
     def paper(cls) -> MIPConfig:
@@ -65,7 +72,7 @@ def unlearn(
     (`mipfast.lora.fold_prune`). Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath. Raises
     what the three stages raise."""
     config = config or MIPConfig()
-    check_config(config.rmisu)
+    config.check()
     if config.rmisu.trainable == "all":
         raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
     forget, retain = list(forget), list(retain)
