@@ -1,6 +1,8 @@
 """The smallest thing with open-unlearning's interface, as a folder: its registry and load_trainer, the trainer classes'
 signatures, the forget-retain dataset, the nested collator, the config that others begin with, and a train.py."""
 
+import sys
+
 FILES = {
     "configs/trainer/finetune.yaml": """
 handler: FinetuneTrainer
@@ -107,3 +109,9 @@ def write(root):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text.lstrip())
     return root
+
+
+def forget_imports():
+    """Its packages have names that anybody's might have."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("trainer", "data")]:
+        del sys.modules[name]

@@ -1,7 +1,5 @@
 """The trainer MIPEditor behind open-unlearning's interface, on a stub of it."""
 
-import sys
-
 import pytest
 import stub_open_unlearning
 import torch
@@ -20,19 +18,14 @@ class Tokenizer:
         pass
 
 
-def forget_imports():
-    for name in [name for name in sys.modules if name.split(".")[0] in ("trainer", "data")]:
-        del sys.modules[name]
-
-
 @pytest.fixture
 def theirs(tmp_path, monkeypatch):
     """The stub's root, its src on sys.path."""
     root = stub_open_unlearning.write(tmp_path / "open-unlearning")
-    forget_imports()
+    stub_open_unlearning.forget_imports()
     monkeypatch.syspath_prepend(str(root / "src"))
     yield root
-    forget_imports()
+    stub_open_unlearning.forget_imports()
 
 
 def text_examples(model, seeds, prompt=8):
@@ -117,14 +110,14 @@ def test_what_is_somebody_else_s_is_not_touched(theirs):
 
 
 def test_without_open_unlearning_the_error_says_what_to_do(tmp_path, monkeypatch):
-    forget_imports()
+    stub_open_unlearning.forget_imports()
     with pytest.raises(InputError, match="src folder on sys.path.*clone locuslab/open-unlearning"):
         open_unlearning.register()
     (tmp_path / "trainer.py").write_text("TRAINER_REGISTRY = {}")  # another package of that name
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match="not a package"):
         open_unlearning.register()
-    forget_imports()
+    stub_open_unlearning.forget_imports()
 
 
 def test_a_run_unlearns_with_the_path_s_neurons_alone_and_saves_a_plain_model(theirs, tmp_path):
@@ -143,6 +136,7 @@ def test_a_run_unlearns_with_the_path_s_neurons_alone_and_saves_a_plain_model(th
     assert trainer.evaluate(metric_key_prefix="eval")["forget_quality"] == 0.5
     assert seen == [(model, PAD, {"a": 1})]
 
+    assert len(trainer.located["text"]["num_labels"]) == 4, "method_args.samples"
     losses = [log["forget_loss"] for log in trainer.state.log_history if "forget_loss" in log]
     assert len(losses) == 24 and sum(losses[-3:]) < 0.5 * sum(losses[:3])
     path = NeuronPath.from_pretrained(out)

@@ -126,8 +126,7 @@ class Editor(RMisUTrainer):
     is {"forget": example, "retain": example}, and so is a batch: whatever the collator gives (pixel_values,
     image_grid_thw, mm_token_type_ids) reaches the model. Examples with pixel_values feed the vision path.
 
-    One process, or several that see the same weights: no DeepSpeed, no FSDP. Raises InputError for what it cannot
-    use."""
+    One process: no DeepSpeed, no FSDP. Raises InputError for what it cannot use."""
 
     def __init__(self, model: Any = None, args: Any = None, *, tokenizer: Any = None, **kwargs: Any):
         known = {*inspect.signature(Trainer.__init__).parameters, "evaluators", "template_args"}
