@@ -25,8 +25,8 @@ from mipfast.errors import InputError, MipfastError
 from mipfast.evaluation import Judgement, evaluate_records
 from mipfast.files import claim, machine, versions, write_atomic, write_json
 from mipfast.finetuning import FinetuneConfig
-from mipfast.misdirection import RMisUConfig, check_config
-from mipfast.path import NeuronPath, check_choice
+from mipfast.misdirection import RMisUConfig
+from mipfast.path import NeuronPath
 from mipfast.samples import Batches, Encoder, check_device, load_model, save_model
 from mipfast.sites import Sites, find_sites
 from mipfast.unlearning import MIPConfig, edit, select_path, weighs_damage
@@ -81,10 +81,7 @@ class UnlearnStage(MIPConfig):
         if missing := [role for role in ("forget", "retain") if not self.data.groups.get(role)]:
             raise InputError(f"unlearning has no tables to {' and to '.join(missing)}; found {self.data.groups}")
         self.data.check()
-        check_choice(self.aggregate, self.fraction)
-        for config in filter(None, (self.text, self.vision)):
-            config.resolved()
-        check_config(self.rmisu)
+        super().check()
         if self.rmisu.trainable not in ("path", "down"):
             raise InputError(
                 f"rmisu.trainable={self.rmisu.trainable!r}; expected path or down, whose result is a plain folder "
@@ -131,7 +128,7 @@ class Experiment:
         seed = _typed(given.get("seed", 0), int, "seed") if isinstance(given, dict) else 0
         seeded = cls(finetune=FinetuneStage(seed=seed), unlearn=UnlearnStage(rmisu=RMisUConfig(seed=seed)))
         try:
-            return _overridden(seeded, {"finetune": None, **given} if isinstance(given, dict) else given, "")
+            return overridden(seeded, {"finetune": None, **given} if isinstance(given, dict) else given, "")
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
 
@@ -159,7 +156,7 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     OUT/config.yaml, run.json, stages.json; finetune/model; locate/<set>; unlearn/{model, path, report.json};
     eval/{vanilla, unlearned}. Raises ArtefactError where OUT is another experiment's, and what the stages raise."""
     experiment.check()
-    out, settings, seed = Path(experiment.out), _settings(experiment), experiment.seed
+    out, settings, seed = Path(experiment.out), settings_of(experiment), experiment.seed
     if not (out / "stages.json").exists():  # a damaged table shows now, not in hours, and claims no folder
         for part in (experiment.finetune, experiment.unlearn, experiment.eval):
             if part:
@@ -199,7 +196,7 @@ def unlearn_folder(
     transformers folder, path and report.json, which is returned. What is there already is not done again."""
     stage.check()
     out = Path(out)
-    identity = {"config": _settings(stage), "source": str(model), "dtype": dtype, "seed": seed}
+    identity = {"config": settings_of(stage), "source": str(model), "dtype": dtype, "seed": seed}
     claim(out / "unlearn", identity, {"versions": versions()})
     stage, stages = replace(stage, progress=progress), Stages(out)
 
@@ -370,7 +367,7 @@ def _device(given: str | None) -> str:
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def settings_of(config: Any) -> dict[str, Any]:
     """A config's fields that results depend on, all the way down."""
 
     def kept(value: Any) -> Any:
@@ -391,8 +388,9 @@ def _keys(config: Any) -> str:
     return ", ".join(f.name for f in fields(config) if f.name != "progress")
 
 
-def _overridden(config: Any, given: Any, name: str) -> Any:
-    """The dataclass with what a YAML mapping says, all the way down."""
+def overridden(config: Any, given: Any, name: str) -> Any:
+    """The dataclass with what a YAML mapping says, all the way down. Raises InputError for a key or a value that cannot
+    be used, naming it as name.key."""
     if not isinstance(given, dict):
         raise InputError(f"{name or 'the file'}: found {given!r}; expected keys {_keys(config)}")
     hints = get_type_hints(type(config))
@@ -403,7 +401,7 @@ def _overridden(config: Any, given: Any, name: str) -> Any:
             raise InputError(f"{here}: no such key; expected one of {_keys(config)}")
         default = getattr(config, key)
         nested = is_dataclass(default) and value is not None
-        new[key] = _overridden(default, value, here) if nested else _typed(value, hints[key], here)
+        new[key] = overridden(default, value, here) if nested else _typed(value, hints[key], here)
     return replace(config, **new)
 
 

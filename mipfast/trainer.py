@@ -75,9 +75,9 @@ class RMisUTrainer(Trainer):
         if kwargs.get("optimizers", (None, None)) != (None, None):
             raise InputError("optimizers cannot be given: they would not hold the path's slices; use args.optim")
         self._layer = steering_layer(self.rmisu, sites)
-        self._neurons, _ = reached(path, sites, self._layer, self.rmisu.trainable)
+        self.path = path
         self._leaves = []
-        super().__init__(model, args, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         self._examples_collator, self.data_collator = self.data_collator, self._collate
         self.model_accepts_loss_kwargs = False  # the loss is a mean of its own: accumulation divides it
         self.add_callback(_AroundStep(self))
@@ -86,10 +86,11 @@ class RMisUTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train. Raises InputError where nothing trained, DivergedError for a loss that is not finite."""
-        check_no_hook(self.model, self._neurons)
         self._sites = find_sites(self.model)
+        neurons, _ = reached(self.path, self._sites, self._layer, self.rmisu.trainable)
+        check_no_hook(self.model, neurons)
         self.optimizer = self.lr_scheduler = None
-        with training(self.model, train_places(self._neurons, self._sites, self.rmisu.trainable)) as self._leaves:
+        with training(self.model, train_places(neurons, self._sites, self.rmisu.trainable)) as self._leaves:
             self._before = [leaf.tensor.detach().clone() for leaf in self._leaves]
             self._moved = None
             self._target, likely = self._measure_target()

@@ -12,7 +12,7 @@ from mipfast.attribution import Attribution, LocateConfig, locate
 from mipfast.errors import InputError
 from mipfast.lora import fold_prune
 from mipfast.misdirection import RMisUConfig, check_config, misdirect, steering_layer
-from mipfast.path import Aggregate, NeuronPath
+from mipfast.path import Aggregate, NeuronPath, check_choice
 from mipfast.positions import Batch, find_labels
 from mipfast.pruning import prune
 from mipfast.sites import Sites, find_sites
@@ -31,6 +31,13 @@ class MIPConfig:
     aggregate: Aggregate = "snr"
     rmisu: RMisUConfig = field(default_factory=RMisUConfig)
     progress: bool = False
+
+    def check(self) -> None:
+        """Raises InputError for a value that no run could use."""
+        check_choice(self.aggregate, self.fraction)
+        for config in filter(None, (self.text, self.vision)):
+            config.resolved()
+        check_config(self.rmisu)
 
     @classmethod
     def paper(cls) -> MIPConfig:
@@ -66,7 +73,7 @@ def unlearn(
     (`mipfast.lora.fold_prune`). Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath. Raises
     what the three stages raise."""
     config = check_kind(config or MIPConfig(), MIPConfig)
-    check_config(config.rmisu)
+    config.check()
     if config.rmisu.trainable == "all":
         raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
     forget, retain = ([*batches] for batches in take_batches(forget, retain))
