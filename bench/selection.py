@@ -3,7 +3,6 @@
     python bench/selection.py train              the bases, about 4 minutes each on one core
     python bench/selection.py prune --width 1024     prune-only curves
     python bench/selection.py edit --width 1024      RMisU with `down` and with `path`, and relearning
-    python bench/selection.py report             tables and tests from what is there
 
 Every result is a line of bench/results/selection/PART-WIDTH.jsonl; what is there already is not run again.
 """
@@ -155,6 +154,9 @@ class Lines:
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
         self.found = {json.dumps(one["key"]): one for one in map(json.loads, lines)}
+
+    def __getitem__(self, key: list) -> dict[str, Any]:
+        return self.found[json.dumps(key)]
 
     def __contains__(self, key: list) -> bool:
         return json.dumps(key) in self.found

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from mipfast import metrics
 from mipfast.data.records import LETTERS, Record, digest
-from mipfast.errors import ArtefactError, InputError, ModelError
+from mipfast.errors import ArtefactError, DivergedError, InputError, ModelError
 from mipfast.files import claim, read_run, versions, write_atomic, write_json
 from mipfast.modes import held, unwrapped
 from mipfast.positions import Batch, check_inputs, find_labels, without_labels
@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
     """Greedy accuracy over the whole vocabulary at the labelled positions, the answer's earlier tokens given.
 
     A question counts as right when greedy decoding would write exactly its label tokens. batches: what model(**batch)
-    takes, with labels [n,S]. Raises InputError for batches without labels."""
+    takes, with labels [n,S]. Raises InputError for batches without labels, DivergedError for logits that are not finite."""
     predicted: list[list[int]] = []
     hits: list[bool] = []
     with held(model), torch.no_grad():
@@ -61,7 +61,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
             labels = find_labels(batch)
             check_inputs(model, batch)
             logits = model(**without_labels(batch), use_cache=False).logits
-            best = logits.argmax(-1).gather(1, labels.index.to(logits.device)).cpu()
+            picked = logits.gather(1, labels.index.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1])).cpu()
+            if not bool(picked[labels.mask.cpu()].amax(-1).isfinite().all()):
+                raise DivergedError(
+                    "the model's logits are nan or infinite: its weights are, or its dtype is too narrow"
+                )
+            best = picked.argmax(-1)
             for row, target, mask in zip(best, labels.target.cpu(), labels.mask.cpu(), strict=True):
                 predicted.append(row[mask].tolist())
                 hits.append(bool((row == target)[mask].all()))

@@ -192,6 +192,11 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
     "beta 0": (lambda: compared(baselines.NPO(beta=0.0)), "beta=0.0", "expected a positive number"),
     # models and paths
     "no model": (lambda: unlearned(model="Qwen/Qwen2.5"), "str has no get_decoder", "expected a transformers causal"),
+    "weights that are nan, judged": (
+        lambda: evaluate(nan(), FORGET),
+        "logits are nan or infinite",
+        "its weights are, or its dtype is too narrow",
+    ),
     "NaN weights, unlearn": (
         lambda: unlearned(model=nan()),
         r"layer 0 are not finite in samples \[0, 1\]",
