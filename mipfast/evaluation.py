@@ -53,7 +53,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
     """Greedy accuracy over the whole vocabulary at the labelled positions, the answer's earlier tokens given.
 
     A question counts as right when greedy decoding would write exactly its label tokens. batches: what model(**batch)
-    takes, with labels [n,S]. Raises InputError for batches without labels, DivergedError for logits that are not finite."""
+    takes, with labels [n,S]. Raises InputError for batches without labels, DivergedError for logits that are not
+    finite."""
     predicted: list[list[int]] = []
     hits: list[bool] = []
     with held(model), torch.no_grad():
