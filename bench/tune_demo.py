@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mipfast.demo import run
-from mipfast.demo.run import Setting, Trial
+from mipfast.demo.trial import MODALITIES, Setting, Trial
 
 PATH_GRID = [Setting(fraction, lr, 0.5) for fraction in (0.03, 0.10) for lr in (3e-3, 1e-2)]
 PATH_GRID += [Setting(0.10, lr, alpha) for alpha in (0.25, 0.1) for lr in (3e-3, 1e-2)]
@@ -30,7 +30,7 @@ GRID = {
 
 
 def score(accuracy: dict) -> float:
-    kept = [accuracy[group][kind] for group in ("retain", "general") for kind in run.MODALITIES]
+    kept = [accuracy[group][kind] for group in ("retain", "general") for kind in MODALITIES]
     return statistics.mean(kept) - statistics.mean(accuracy["forget"].values())
 
 
