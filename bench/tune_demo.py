@@ -3,8 +3,9 @@
     python bench/tune_demo.py [--seeds 100 101 102] [--rows MIP random ...] [--out bench/results/demo_tuning.json]
 
 The score of a setting is mean accuracy on retain and general minus mean accuracy on forget, both modalities, all seeds.
-Every result is a line of the .jsonl file beside out as soon as it is there. What either file has is not run again: a
-run that was cut off goes on where it stopped, and two runs of other rows may share the files.
+First looks on forget set 100 placed the grids. Every result is a line of the .jsonl file beside out as soon as it is
+there. What either file has is not run again: a run that was cut off goes on where it stopped, and two runs of other
+rows may share the files.
 """
 
 import argparse
@@ -28,9 +29,9 @@ PART_GRID = [Setting(fraction, lr, 0.5) for fraction in (0.03, 0.10) for lr in (
 PART_GRID += [Setting(0.10, lr, alpha) for alpha in (0.25, 0.75) for lr in (1e-2, 2e-2)]
 # without a retain loss there is one good moment to stop: two lengths of the way (lr x steps) at four rates
 ASCENT_GRID = [Setting(lr=lr, steps=round(way / lr)) for lr in (1e-4, 2.5e-4, 5e-4, 1e-3) for way in (3e-3, 6e-3)]
-# alpha 0.5, the weights as published, keeps half of what should stay at best
-PAIR_GRID = [Setting(lr=lr, alpha=alpha) for alpha in (0.8, 0.95) for lr in (5e-4, 1e-3, 2e-3)]
-PAIR_GRID += [Setting(lr=1e-3, alpha=0.9), Setting(lr=1e-3, alpha=0.9, steps=40)]
+PAIR_GRID = [Setting(lr=lr, alpha=alpha) for alpha in (0.5, 0.8) for lr in (2.5e-4, 5e-4)]
+PAIR_GRID += [Setting(lr=5e-4, alpha=0.9), Setting(lr=5e-4, alpha=0.8, steps=40)]
+PAIR_GRID += [Setting(lr=1e-3, alpha=alpha) for alpha in (0.8, 0.9)]
 RMU_GRID = [Setting(lr=lr, alpha=0.5) for lr in (3e-3, 1e-2, 2e-2)]
 RMU_GRID += [Setting(lr=lr, alpha=alpha) for lr, alpha in ((1e-2, 0.25), (1e-2, 0.75), (2e-2, 0.75))]
 RMU_GRID += [Setting(lr=1e-2, alpha=0.5, coeff=coeff) for coeff in (0.5, 2.0)]
