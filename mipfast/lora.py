@@ -41,6 +41,14 @@ def remove_adapter(model: Any) -> None:
     model._hf_peft_config_loaded = False
 
 
+def merge_adapter(model: Any) -> None:
+    """Work the adapter into the weights for good and remove it: a plain model that computes what it did."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.merge()
+    remove_adapter(model)
+
+
 def adapter_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) -> list[Slice | torch.Tensor]:
     """What of a block's LoRA layers trains."""
     inputs, output = sites[stack].inputs[layer], sites[stack].outputs[layer]
