@@ -49,7 +49,7 @@ RELEARNING = (5, 20)  # steps
 DIRECTIONS: dict[str, dict[str, Any]] = {f"gaussian {seed}": {"seed": seed} for seed in range(1, 6)}
 DIRECTIONS |= {kind: {"direction": kind} for kind in ("uniform", "learned")}
 SHARES = (0.0, 0.25, 0.5, 1.0)  # of a modality's facts that the other one has too
-SWEPT_LR, SWEPT_BATCH, SWEPT_RATIO = (3e-3, 1e-2, 3e-2, 1e-1), (12, 24, 48), (0.05, 0.10, 0.15)
+SWEPT_LR, SWEPT_BATCH, SWEPT_RATIO = (1e-3, 3e-3, 1e-2, 3e-2), (12, 24, 48), (0.05, 0.10, 0.15)
 LIMITS = [
     "Toy scale: 2.3 M parameters, 48 invented people, one base model. Nothing here is evidence about a 3B model.",
     "A seed draws the forget set, the batches, the direction and the random neurons together; under Steering "
