@@ -94,7 +94,12 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
                 f"{folder} holds a run with another {name}: found {had}, this run has {wanted}; "
                 "give another folder, or what the first run was given"
             )
-    for left_over in folder.glob(".[0-9]*.*"):  # a killed process could not remove what it was writing
+    clear_left_over(folder)
+
+
+def clear_left_over(folder: Path) -> None:
+    """Remove what a killed process was writing into the folder and could not remove."""
+    for left_over in folder.glob(".[0-9]*.*"):
         _remove(left_over)
 
 

@@ -233,8 +233,8 @@ def _row(cells: Sequence[str], classes: Sequence[str], scope: str) -> str:
     return "".join(found)
 
 
-def write(folder: Path, title: str, parts: Sequence[Part]) -> Path:
-    """Write report.md with pictures/*.png, and report.html, which holds everything; returns the path of report.html.
+def write(folder: Path, title: str, parts: Sequence[Part], name: str = "report.md") -> Path:
+    """Write name with pictures/*.png, and report.html, which holds everything; returns the path of report.html.
 
     Raises MipfastError without matplotlib, ArtefactError where folder is a file."""
     check_folder(folder)
@@ -243,9 +243,9 @@ def write(folder: Path, title: str, parts: Sequence[Part]) -> Path:
         if isinstance(part, Picture):
             write_figure(folder / "pictures" / part.name, part.draw())
             pictures[part.name] = (folder / "pictures" / part.name).read_bytes()
-    for name, text in (
-        ("report.md", f"# {_md(title)}\n\n{markdown(parts)}"),
+    for file, text in (
+        (name, f"# {_md(title)}\n\n{markdown(parts)}"),
         ("report.html", html(title, parts, pictures)),
     ):
-        write_atomic(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_atomic(folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
     return folder / "report.html"

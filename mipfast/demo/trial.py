@@ -27,6 +27,7 @@ from mipfast.path import NeuronPath, per_label
 from mipfast.positions import Rows, text_rows, without_labels
 from mipfast.pruning import prune
 from mipfast.sites import find_sites
+from mipfast.training import order
 from mipfast.unlearning import MIPConfig
 
 GROUPS, MODALITIES = ("forget", "retain", "general"), ("text", "image")
@@ -113,13 +114,13 @@ class Trial:
         both = text | vision
         return {"MIP": both, "least": both, "IGI only": text, "IFI only": vision, "plain RMU": NeuronPath()}[row]
 
-    def relearning(self, model: nn.Module | None = None) -> dict[str, float]:
+    def relearning(self, model: nn.Module | None = None, steps: int = RELEARN_STEPS) -> dict[str, float]:
         """Percent right by modality about the last two forget people, after a few steps on the others."""
         model = model or self.model
         *known, a, b = sorted(self.split.forget_people)
         rng = random.Random(f"relearn {self.seed}")
         pool = [q for q in self.split.select("forget", test=False) if q.subject in known]
-        batches = [self.encoder.batch(rng.choices(pool, k=BATCH["forget"]), rng) for _ in range(RELEARN_STEPS)]
+        batches = [self.encoder.batch(rng.choices(pool, k=BATCH["forget"]), rng) for _ in range(steps)]
         with self._timed("relearn"), relearned(model, batches):
             return {
                 kind: evaluate(model, self.encoder.batches([q for q in unseen if q.subject in (a, b)])).accuracy
@@ -139,6 +140,12 @@ class Trial:
         edit = ROWS[row].edit
         if edit is None:
             raise InputError(f"row={row!r} edits nothing; expected {', '.join(r for r in ROWS if ROWS[r].edit)}")
+        with self.applied(edit, setting) as found:
+            yield found
+
+    @contextmanager
+    def applied(self, edit: Edit, setting: Setting) -> Iterator[tuple[NeuronPath, dict[str, Any]]]:
+        """`edited` for an edit that is no row."""
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         try:
             with held(self.model, self.model.parameters()):  # an adapter freezes what it is added to
@@ -148,15 +155,26 @@ class Trial:
         finally:
             self.model.load_state_dict(before)
 
-    def edit_batches(self) -> tuple[list[tiny.Batch], list[tiny.Batch]]:
-        """One forget and one retain-and-general batch per step, the same for every row of a seed."""
+    def edit_batches(
+        self, sizes: dict[str, int] = BATCH, seed: int | None = None
+    ) -> tuple[list[tiny.Batch], list[tiny.Batch]]:
+        """One forget and one retain-and-general batch per step, the same for every row of a seed. sizes: questions.
+
+        seed: misdirect's where it is not the trial's. It draws the direction and shuffles the batches, and its shuffle
+        then ends in the order of the trial's: the direction alone is another one."""
         rng = random.Random(f"batches {self.seed}")
         pools = {group: self.split.select(group, test=False) for group in GROUPS}
 
         def draw(*groups: str) -> tiny.Batch:
-            return self.encoder.batch([q for g in groups for q in rng.choices(pools[g], k=BATCH[g])], rng)
+            return self.encoder.batch([q for g in groups for q in rng.choices(pools[g], k=sizes[g])], rng)
 
-        return [draw("forget") for _ in range(STEPS)], [draw("retain", "general") for _ in range(STEPS)]
+        pair = [draw("forget") for _ in range(STEPS)], [draw("retain", "general") for _ in range(STEPS)]
+        mine, its = (order(s, (STEPS, STEPS), STEPS) for s in (self.seed, self.seed if seed is None else seed))
+        forget, retain = (
+            [batches[i] for _, i in sorted(zip(shuffled, wanted, strict=True))]
+            for batches, wanted, shuffled in zip(pair, mine, its, strict=True)
+        )
+        return forget, retain
 
     def hidden(self, count: int = 75) -> dict[str, torch.Tensor]:
         """Hidden states [layers,questions,D] after every text block at the last prompt position, text questions."""
@@ -193,8 +211,15 @@ def _backwards(found: Attribution) -> Attribution:
 Edit = Callable[[Trial, Setting], tuple[NeuronPath, dict[str, Any]]]
 
 
-def _rmisu(neurons: str, trainable: Literal["path", "down", "lora", "all"] = "path") -> Edit:
-    """Prune the neurons of a row of `Trial.edit_path`, then RMisU. An adapter is folded and merged."""
+def rmisu(
+    neurons: str,
+    trainable: Literal["path", "down", "lora", "all"] = "path",
+    direction: Literal["gaussian", "uniform", "learned"] = "gaussian",
+    seed: int | None = None,
+    sizes: dict[str, int] = BATCH,
+) -> Edit:
+    """Prune the neurons of a row of `Trial.edit_path`, then RMisU. An adapter is folded and merged. seed: of the
+    direction, None is the trial's. sizes: questions per step."""
 
     def edit(trial: Trial, setting: Setting) -> tuple[NeuronPath, dict[str, Any]]:
         path = trial.edit_path(neurons, setting.fraction)
@@ -205,10 +230,11 @@ def _rmisu(neurons: str, trainable: Literal["path", "down", "lora", "all"] = "pa
             trainable=trainable,
             steps=min(setting.steps, STEPS),
             lr=setting.lr,
-            seed=trial.seed,
+            direction=direction,
+            seed=trial.seed if seed is None else seed,
         )
         report = unlearning.edit(
-            trial.model, path, *trial.edit_batches(), MIPConfig(rmisu=config, progress=trial.progress)
+            trial.model, path, *trial.edit_batches(sizes, seed), MIPConfig(rmisu=config, progress=trial.progress)
         )
         if trainable == "lora":
             merge_adapter(trial.model)
@@ -258,18 +284,18 @@ ROWS = {
     "mean": Row("prune only", "columns zeroed: as many, by the forget set's mean IGI per layer, as in the paper"),
     "random prune": Row("prune only", "columns zeroed: as many, drawn at random"),
     "MIP": Row(
-        "RMisU", "IGI text path (snr) and IFI vision path, pruned, then RMisU on exactly these neurons", _rmisu("MIP")
+        "RMisU", "IGI text path (snr) and IFI vision path, pruned, then RMisU on exactly these neurons", rmisu("MIP")
     ),
-    "random": Row("RMisU", "the same prune and RMisU on as many random neurons of every layer", _rmisu("random")),
-    "least": Row("RMisU", "MIP on as many neurons of every layer whose scores are nearest zero", _rmisu("least")),
-    "IGI only": Row("RMisU", "MIP with its text path alone", _rmisu("IGI only")),
-    "IFI only": Row("RMisU", "MIP with its vision path alone", _rmisu("IFI only")),
-    "MIP down": Row("RMisU", "MIP that trains its neurons' output columns alone", _rmisu("MIP", "down")),
+    "random": Row("RMisU", "the same prune and RMisU on as many random neurons of every layer", rmisu("random")),
+    "least": Row("RMisU", "MIP on as many neurons of every layer whose scores are nearest zero", rmisu("least")),
+    "IGI only": Row("RMisU", "MIP with its text path alone", rmisu("IGI only")),
+    "IFI only": Row("RMisU", "MIP with its vision path alone", rmisu("IFI only")),
+    "MIP down": Row("RMisU", "MIP that trains its neurons' output columns alone", rmisu("MIP", "down")),
     "MIP LoRA": Row(
-        "RMisU", "MIP through LoRA of rank 8 on its neurons, merged into the weights", _rmisu("MIP", "lora")
+        "RMisU", "MIP through LoRA of rank 8 on its neurons, merged into the weights", rmisu("MIP", "lora")
     ),
     "plain RMU": Row(
-        "RMisU", "RMU on every FFN weight up to the steering layer; nothing pruned", _rmisu("plain RMU", "all")
+        "RMisU", "RMU on every FFN weight up to the steering layer; nothing pruned", rmisu("plain RMU", "all")
     ),
     "GA": Row(
         "baselines",
