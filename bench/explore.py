@@ -2,7 +2,8 @@
 
     python bench/explore.py text|vision|edit [--width 1024] [--bases DIR]
 
-text: prune-only curves of snr with pictures in its numerator, and of snr located again after every pruned twentieth.
+text: prune-only curves of snr with pictures in its numerator, of snr located again after every pruned twentieth, and
+the union of the samples' own five per layer, as large as it is.
 vision: the vision tower, chosen by snr, by IFI and at random. edit: RMisU at 3 %, rows and columns, the forget
 gradient projected off the retain gradient, a learned direction, two steering layers, twice the steps.
 Lines go to bench/results/selection/explore-PART-WIDTH.jsonl; `selection.py`'s are their controls.
@@ -55,6 +56,10 @@ def text(study: Study, lines: Lines) -> None:
             path = NeuronPath.select(both, fraction, aggregate="snr", retain=study.damage, scope="stack")
             with prune(study.model, path):
                 lines.add(["both", study.seed, "stack", fraction], accuracy=study.judge())
+    if ["union", study.seed] not in lines:
+        path = NeuronPath.select(study.mean, aggregate="union")
+        with prune(study.model, path):
+            lines.add(["union", study.seed], accuracy=study.judge(), neurons=path.num_neurons)
     path = NeuronPath()
     for fraction in ROUNDS:
         if ["again", study.seed, "stack", fraction] in lines:

@@ -13,6 +13,7 @@ from mipfast.pruning import Neurons, Slice, active_prunes, neuron_slices
 from mipfast.sites import Sites, find_sites
 
 NAME = "default"
+TRAINABLE = "_mipfast_trainable"  # attribute of the model: the parameters that PEFT froze
 
 
 def add_adapter(model: Any, path: Neurons, rank: int, alpha: int, seed: int) -> None:
@@ -32,13 +33,15 @@ def add_adapter(model: Any, path: Neurons, rank: int, alpha: int, seed: int) -> 
 
 
 def remove_adapter(model: Any) -> None:
-    """Put the projections back as they were before `add_adapter`."""
+    """Put the projections back, and what may train, as they were before `add_adapter`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if hasattr(child, "lora_A"):
                 setattr(module, name, child.base_layer)
     del model.peft_config
     model._hf_peft_config_loaded = False
+    for parameter in vars(model).pop(TRAINABLE):
+        parameter.requires_grad_()
 
 
 def merge_adapter(model: Any) -> None:
@@ -112,6 +115,7 @@ def _inject(model: Any, names: list[str], rank: int, alpha: int, **patterns: Any
             "merge_and_unload what it has first"
         )
     transposed = find_sites(model).text.transposed
+    setattr(model, TRAINABLE, [p for p in model.parameters() if p.requires_grad])
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, **patterns), NAME
     )

@@ -20,7 +20,7 @@ from mipfast import (
     prune,
     unlearn,
 )
-from mipfast.lora import fold_prune
+from mipfast.lora import fold_prune, merge_adapter
 from mipfast.pruning import active_prunes
 
 CONFIG = dict(layer=1, steps=4, lr=1e-2, trainable="lora", lora_rank=3, lora_alpha=7)
@@ -127,14 +127,28 @@ def test_equal_seeds_give_equal_adapters_and_the_random_state_stays():
 
 def test_a_failure_leaves_no_adapter_behind():
     model, path, forget, retain = case(tiny_llama)
-    names, wanted = [name for name, _ in model.named_parameters()], logits(model, forget)
+    model.lm_head.weight.requires_grad_(False)
+    names, wanted = [(name, p.requires_grad) for name, p in model.named_parameters()], logits(model, forget)
     with pytest.raises(DivergedError):
         misdirect(model, path, forget, retain, RMisUConfig(**CONFIG, steering_coeff=float("inf")))
-    assert [name for name, _ in model.named_parameters()] == names and torch.equal(logits(model, forget), wanted)
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == names
+    assert torch.equal(logits(model, forget), wanted)
     misdirect(model, path, forget, retain, RMisUConfig(**CONFIG))
     with pytest.raises(InputError, match="merge_and_unload"):
         misdirect(model, path, forget, retain, RMisUConfig(**CONFIG))
     assert adapter_change(model)
+
+
+def test_a_merged_adapter_leaves_a_plain_model_that_computes_the_same():
+    model, path, forget, retain = case(tiny_llama)
+    names = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    prune(model, path)
+    misdirect(model, path, forget, retain, RMisUConfig(**CONFIG))
+    fold_prune(model)
+    wanted = logits(model, forget)
+    merge_adapter(model)
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == names
+    torch.testing.assert_close(logits(model, forget), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_folding_needs_a_prune_and_an_adapter(caplog):

@@ -22,7 +22,6 @@ from mipfast.errors import InputError
 from mipfast.evaluation import evaluate
 from mipfast.lora import merge_adapter
 from mipfast.misdirection import RMisUConfig
-from mipfast.modes import held
 from mipfast.path import NeuronPath, per_label
 from mipfast.positions import Rows, text_rows, without_labels
 from mipfast.pruning import prune
@@ -148,10 +147,9 @@ class Trial:
         """`edited` for an edit that is no row."""
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         try:
-            with held(self.model, self.model.parameters()):  # an adapter freezes what it is added to
-                with self._timed("edit"):
-                    found = edit(self, setting)
-                yield found
+            with self._timed("edit"):
+                found = edit(self, setting)
+            yield found
         finally:
             self.model.load_state_dict(before)
 
