@@ -6,24 +6,35 @@ python bench/selection_report.py     writes bench/results/selection/{tables.md,c
 from itertools import product
 
 import numpy as np
+from explore import BUDGET, EDITS, ROUNDS
 from scipy.stats import ttest_rel
 from selection import BUDGETS, CHOICES, FRACTIONS, RATES, RESULTS, SETS, WIDTHS, Lines
 
 LIMIT = 5.0  # points of damage at which a curve is read
-OTHERS = {"prune": ("mean", "random", "cf-snr"), "down 0.03": ("mean", "random", "cf-snr")}
+OTHERS = ("mean", "random", "cf-snr")
+TESTED, SHOWN = ("prune", "down 0.03"), ("prune per layer", "down 0.1", "path 0.03", "path 0.1")
 
 
 def drop(before: dict[str, float], after: dict[str, float], *places: str) -> float:
     return float(np.mean([before[place] - after[place] for place in places]))
 
 
-def curve(lines: Lines, choice: str, seed: int, scope: str, *forget: str) -> list[tuple[float, float]]:
-    """(damage, forget drop) in points at every fraction, from nothing pruned."""
-    before = lines[["before", seed]]["accuracy"]
+def curve(
+    lines: Lines,
+    choice: str,
+    seed: int,
+    scope: str,
+    forget: tuple[str, ...],
+    fractions: tuple[float, ...] = FRACTIONS,
+    general: str = "general text",
+    start: Lines | None = None,
+) -> list[tuple[float, float]]:
+    """(damage, forget drop) in points at every fraction, from nothing pruned. start: has the model before."""
+    before = (start or lines)[["before", seed]]["accuracy"]
     points = [(0.0, 0.0)]
-    for fraction in FRACTIONS:
+    for fraction in fractions:
         after = lines[[choice, seed, scope, fraction]]["accuracy"]
-        damage = max(drop(before, after, "retain text", "retain image"), drop(before, after, "general text"))
+        damage = max(drop(before, after, "retain text", "retain image"), drop(before, after, general))
         points.append((damage, drop(before, after, *forget)))
     return points
 
@@ -53,6 +64,12 @@ def holm(ps: list[float]) -> list[float]:
     return corrected
 
 
+def compared(ours: list[float], theirs: list[float]) -> list[str]:
+    difference = np.subtract(ours, theirs)
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    return [f"{difference.mean():+.1f} ± {error:.1f}", f"{(difference > 0).sum()} of {len(difference)}"]
+
+
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"] + [
         "| " + " | ".join(row) + " |" for row in rows
@@ -66,7 +83,7 @@ def main() -> None:
     for width, scope in product(WIDTHS, ("stack", "layer")):
         rows = []
         for choice in CHOICES:
-            found = [[read_at(curve(pruned[width], choice, s, scope, *places)) for s in SETS] for places in PLACES]
+            found = [[read_at(curve(pruned[width], choice, s, scope, places)) for s in SETS] for places in PLACES]
             numbers["prune" if scope == "stack" else "prune per layer", width, choice] = found[0]
             rows.append([choice, *map(shown, found)])
         where = "ranked over the tower" if scope == "stack" else "ranked per layer"
@@ -84,19 +101,54 @@ def main() -> None:
         text += [f"**RMisU `{trainable}`, width {width}**", ""]
         places = [*found[0]["accuracy"], "relearned text", "relearned image"]
         text += [*table(["budget", "choice", "gap", *places], rows), ""]
-    tests = [(what, width, other) for what, others in OTHERS.items() for width in WIDTHS for other in others]
-    pairs = [(numbers[what, width, "snr"], numbers[what, width, other]) for what, width, other in tests]
-    corrected = holm([float(ttest_rel(*pair).pvalue) for pair in pairs])
+    text += [
+        "**snr against the others** (mean paired difference ± its standard error, points; p where it was claimed)",
+        "",
+    ]
     rows = []
-    for (what, width, other), (ours, theirs), p in zip(tests, pairs, corrected, strict=True):
-        difference = np.subtract(ours, theirs)
-        error = difference.std(ddof=1) / len(difference) ** 0.5
-        wins = f"{(difference > 0).sum()} of {len(difference)}"
-        rows.append([what, str(width), other, f"{difference.mean():+.1f} ± {error:.1f}", wins, f"{p:.2g}"])
-    text += ["**snr against the others** (mean paired difference ± its standard error, points)", ""]
+    for names in (TESTED, SHOWN):
+        tests = list(product(names, WIDTHS, OTHERS))
+        pairs = [(numbers[what, width, "snr"], numbers[what, width, other]) for what, width, other in tests]
+        corrected = holm([float(ttest_rel(*pair).pvalue) for pair in pairs])
+        for (what, width, other), pair, p in zip(tests, pairs, corrected, strict=True):
+            claimed = f"{p:.2g}" if names is TESTED else "–"
+            rows.append([what, str(width), other, *compared(*pair), claimed])
     text += table(["what", "width", "against", "difference", "sets won", "p, Holm"], rows)
+    text += ["", *explored(WIDTHS[0], pruned[WIDTHS[0]])]
     (RESULTS / "tables.md").write_text("\n".join(text) + "\n")
     picture(pruned)
+
+
+def explored(width: int, pruned: Lines) -> list[str]:
+    """Tables of what bench/explore.py found."""
+    text, rows = [], []
+    chosen = Lines(RESULTS / f"explore-text-{width}.jsonl")
+    for choice, lines in (("snr", pruned), ("both", chosen), ("again", chosen)):
+        curves = [[curve(lines, choice, s, "stack", kind, ROUNDS, start=pruned) for s in SETS] for kind in PLACES]
+        rows.append([choice, *(shown([read_at(one) for one in some]) for some in curves)])
+    text += ["**Prune only, explored**: drop at 5 points of damage, 30 % of the tower at most", ""]
+    text += [*table(["choice", "forget text", "forget image", "both"], rows), ""]
+    union = [chosen[["union", s]] for s in SETS]
+    sizes = [one["neurons"] for one in union]
+    places = list(union[0]["accuracy"])
+    rows = [[f"{np.mean(sizes):.0f}", *(f"{np.mean([one['accuracy'][p] for one in union]):.0f}" for p in places)]]
+    text += ["**The union of the samples' own five per layer**, pruned", "", *table(["neurons", *places], rows), ""]
+    seen, rows = Lines(RESULTS / f"explore-vision-{width}.jsonl"), []
+    for choice in ("snr", "ifi", "random"):
+        curves = [curve(seen, choice, s, "layer", ("forget image",), FRACTIONS, "general image", pruned) for s in SETS]
+        damage, fell = np.mean([one[-1] for one in curves], axis=0)
+        rows.append([choice, shown([read_at(one) for one in curves]), f"{fell:.1f}", f"{damage:.1f}"])
+    heads = ["choice", "forget image at 5 points of damage", "forget image at 40 %", "damage at 40 %"]
+    text += ["**Prune only, vision tower**: damage on retain people and general pictures", "", *table(heads, rows), ""]
+    edits, rows = Lines(RESULTS / f"explore-edit-{width}.jsonl"), []
+    for how in EDITS:
+        found = [edits[[how, s, "path", BUDGET]] for s in SETS]
+        columns = [[one["accuracy"][place] for one in found] for place in places]
+        back = [[one["relearned"][kind] for one in found] for kind in ("text", "image")]
+        rows.append([how, shown([gap(one["accuracy"]) for one in found]), *(f"{np.mean(c):.0f}" for c in columns)])
+        rows[-1] += map(shown, back)
+    heads = ["edit", "gap", *places, "relearned text", "relearned image"]
+    return [*text, "**RMisU `path` at 3 %, explored**", "", *table(heads, rows), ""]
 
 
 PLACES = (("forget text",), ("forget image",), ("forget text", "forget image"))
@@ -108,7 +160,7 @@ def picture(pruned: dict[int, Lines]) -> None:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, (width, lines) in zip(figure.subplots(1, len(pruned), sharey=True), pruned.items(), strict=True):
         for choice in CHOICES:
-            points = np.mean([curve(lines, choice, s, "stack", "forget text") for s in SETS], 0)
+            points = np.mean([curve(lines, choice, s, "stack", ("forget text",)) for s in SETS], 0)
             axes.plot(*points.T, marker="o", ms=3, label=choice)
         axes.axvline(LIMIT, color="#CCCCCC", zorder=0)
         axes.set(title=f"FFN width {width}", xlabel="damage to retain or general, points", xlim=(-2, 40))
