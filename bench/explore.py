@@ -40,7 +40,7 @@ from mipfast.training import training
 
 ROUNDS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
 BUDGET = 0.03
-EDITS = ("snr", "projected", "learned", "two layers", "twice the steps")
+EDITS = ("snr", "projected", "two layers", "twice the steps", "learned", "learned, twice the steps")
 
 
 def scored(study: Study, group: str, kind: str, count: int, **options: str) -> Attribution:
@@ -110,6 +110,7 @@ def edit(study: Study, lines: Lines) -> None:
                     "snr": {},
                     "learned": {"direction": "learned"},
                     "twice the steps": {"steps": 2 * STEPS},
+                    "learned, twice the steps": {"direction": "learned", "steps": 2 * STEPS},
                 }[how]
                 misdirect(study.model, path, *study.batches, replace(config, **changed))
             lines.add([how, study.seed, "path", BUDGET], accuracy=study.judge(), relearned=study.relearning())
