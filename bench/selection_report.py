@@ -121,13 +121,15 @@ def main() -> None:
 
 def explored(width: int, pruned: Lines) -> list[str]:
     """Tables of what bench/explore.py found."""
-    text, rows = [], []
+    text, rows, first = [], [], []
     chosen = Lines(RESULTS / f"explore-text-{width}.jsonl")
     for choice, lines in (("snr", pruned), ("both", chosen), ("again", chosen)):
         curves = [[curve(lines, choice, s, "stack", kind, ROUNDS, start=pruned) for s in SETS] for kind in PLACES]
-        rows.append([choice, *(shown([read_at(one) for one in some]) for some in curves)])
+        found = [[read_at(one) for one in some] for some in curves]
+        first = found[0] if choice == "snr" else first
+        rows.append([choice, *map(shown, found), *compared(found[0], first)])
     text += ["**Prune only, explored**: drop at 5 points of damage, 30 % of the tower at most", ""]
-    text += [*table(["choice", "forget text", "forget image", "both"], rows), ""]
+    text += [*table(["choice", "forget text", "forget image", "both", "text, minus snr's", "sets won"], rows), ""]
     union = [chosen[["union", s]] for s in SETS]
     sizes = [one["neurons"] for one in union]
     places = list(union[0]["accuracy"])
@@ -145,9 +147,11 @@ def explored(width: int, pruned: Lines) -> list[str]:
         found = [edits[[how, s, "path", BUDGET]] for s in SETS]
         columns = [[one["accuracy"][place] for one in found] for place in places]
         back = [[one["relearned"][kind] for one in found] for kind in ("text", "image")]
-        rows.append([how, shown([gap(one["accuracy"]) for one in found]), *(f"{np.mean(c):.0f}" for c in columns)])
-        rows[-1] += map(shown, back)
-    heads = ["edit", "gap", *places, "relearned text", "relearned image"]
+        gaps = [gap(one["accuracy"]) for one in found]
+        first = gaps if how == EDITS[0] else first
+        rows.append([how, shown(gaps), *(f"{np.mean(c):.0f}" for c in columns), *map(shown, back)])
+        rows[-1] += compared(gaps, first)
+    heads = ["edit", "gap", *places, "relearned text", "relearned image", "gap, minus snr's", "sets won"]
     return [*text, "**RMisU `path` at 3 %, explored**", "", *table(heads, rows), ""]
 
 

@@ -44,6 +44,7 @@ GRID = {
     "plain RMU": [Setting(1.0, lr, 0.5) for lr in (2.5e-4, 5e-4, 1e-3, 2e-3)]
     + [Setting(1.0, lr, alpha) for alpha in (0.25, 0.1) for lr in (5e-4, 1e-3)],
     "MIP down": PART_GRID,
+    "MIP learned": PATH_GRID,
     "MIP LoRA": PART_GRID,
     "GradDiff": PAIR_GRID,
     "NPO + retain": PAIR_GRID,

@@ -168,7 +168,7 @@ def _paragraph(note: str) -> list[str]:
 
 def _md(text: str) -> str:
     """What Markdown, or HTML in it, would take for markup is escaped; a line break becomes <br>."""
-    return "".join(f"\\{c}" if c in "\\`*[]|#~" else escape(c) for c in text).replace("\n", "<br>")
+    return "".join(f"\\{c}" if c in "\\`*[]|#~" else escape(c, quote=False) for c in text).replace("\n", "<br>")
 
 
 def html(title: str, parts: Iterable[Part], pictures: dict[str, bytes]) -> str:

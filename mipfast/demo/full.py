@@ -44,7 +44,10 @@ log = logging.getLogger("mipfast")
 
 SEEDS = (0, 1, 2)
 RATIO = run.REFERENCE_RATIO
-ATTACKED = ("before", "MIP", "random", "plain RMU", "MIP down", "GradDiff", "NPO + retain", "RMU", "retrained")
+ATTACKED = (
+    *("before", "MIP", "random", "plain RMU", "MIP down", "MIP learned"),
+    *("GradDiff", "NPO + retain", "RMU", "retrained"),
+)
 RELEARNING = (5, 20)  # steps
 DIRECTIONS: dict[str, dict[str, Any]] = {f"gaussian {seed}": {"seed": seed} for seed in range(1, 6)}
 DIRECTIONS |= {kind: {"direction": kind} for kind in ("uniform", "learned")}

@@ -289,6 +289,9 @@ ROWS = {
     "IGI only": Row("RMisU", "MIP with its text path alone", rmisu("IGI only")),
     "IFI only": Row("RMisU", "MIP with its vision path alone", rmisu("IFI only")),
     "MIP down": Row("RMisU", "MIP that trains its neurons' output columns alone", rmisu("MIP", "down")),
+    "MIP learned": Row(
+        "RMisU", "MIP steered to where forget answers are least likely", rmisu("MIP", direction="learned")
+    ),
     "MIP LoRA": Row(
         "RMisU", "MIP through LoRA of rank 8 on its neurons, merged into the weights", rmisu("MIP", "lora")
     ),
@@ -340,6 +343,7 @@ SETTINGS = {
     "IGI only": Setting(0.1, 1e-2, 0.25),
     "IFI only": Setting(0.1, 1e-2, 0.25),
     "MIP down": Setting(0.1, 2e-2, 0.5),
+    "MIP learned": Setting(0.1, 1e-2, 0.25),
     "MIP LoRA": Setting(0.1, 1e-2, 0.5),
     "plain RMU": Setting(1.0, 1e-3, 0.25),
     "GA": Setting(lr=1e-4, steps=60),
