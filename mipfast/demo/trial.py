@@ -343,7 +343,7 @@ SETTINGS = {
     "IGI only": Setting(0.1, 1e-2, 0.25),
     "IFI only": Setting(0.1, 1e-2, 0.25),
     "MIP down": Setting(0.1, 2e-2, 0.5),
-    "MIP learned": Setting(0.1, 1e-2, 0.25),
+    "MIP learned": Setting(0.1, 1e-2, 0.5),
     "MIP LoRA": Setting(0.1, 1e-2, 0.5),
     "plain RMU": Setting(1.0, 1e-3, 0.25),
     "GA": Setting(lr=1e-4, steps=60),
