@@ -1,12 +1,12 @@
 """After the protocol: what else might choose better, or make relearning recover less. Looked at, not tested.
 
-    python bench/explore.py text|vision|edit [--width 1024] [--bases DIR]
+    python bench/explore.py text|vision|edit [--width 1024] [--bases DIR] [--out DIR]
 
 text: prune-only curves of snr with pictures in its numerator, of snr located again after every pruned twentieth, and
 the union of the samples' own five per layer, as large as it is.
 vision: the vision tower, chosen by snr, by IFI and at random. edit: RMisU at 3 %, rows and columns, the forget
 gradient projected off the retain gradient, a learned direction, two steering layers, twice the steps.
-Lines go to bench/results/selection/explore-PART-WIDTH.jsonl; `selection.py`'s are their controls.
+Lines go to OUT/explore-PART-WIDTH.jsonl; `selection.py`'s are their controls.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from selection import (
     WIDTHS,
     Lines,
     Study,
+    base,
     world_and_encoder,
 )
 
 from mipfast import Attribution, NeuronPath, RMisUConfig, hidden_states, locate, misdirect, prune, rmisu_loss
-from mipfast.demo import model as tiny
+from mipfast.demo.model import Batch
 from mipfast.misdirection import steering_target, train_places, unedited
 from mipfast.training import training
 
@@ -122,7 +123,7 @@ def edit(study: Study, lines: Lines) -> None:
 def projected(study: Study, path: NeuronPath, config: RMisUConfig) -> None:
     """misdirect's loop, with the forget gradient's component along the retain gradient removed where they oppose."""
 
-    def hidden(batch: tiny.Batch) -> torch.Tensor:
+    def hidden(batch: Batch) -> torch.Tensor:
         return hidden_states(study.model, batch, LAYER, sites=study.sites)
 
     forget, retain = study.batches
@@ -155,10 +156,11 @@ def main() -> None:
     parser.add_argument("part", choices=parts)
     parser.add_argument("--width", type=int, choices=WIDTHS, default=WIDTHS[0])
     parser.add_argument("--bases", type=Path, default=Path("selection-bases"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are or go")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    encoder, model = world_and_encoder(), tiny.load(args.bases / f"fresh-{args.width}")
-    lines = Lines(RESULTS / f"explore-{args.part}-{args.width}.jsonl")
+    encoder, model = world_and_encoder(), base(args.bases, args.width)
+    lines = Lines(args.out / f"explore-{args.part}-{args.width}.jsonl")
     for seed in SETS:
         parts[args.part](Study(model, encoder, seed), lines)
 

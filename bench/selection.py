@@ -1,16 +1,19 @@
 """Which neurons? The study of docs/selection.md: choices of text neurons on two fresh bases, forget sets 10-17.
 
-    python bench/selection.py train              the bases, about 4 minutes each on one core
-    python bench/selection.py prune --width 1024     prune-only curves
-    python bench/selection.py edit --width 1024      RMisU with `down` and with `path`, and relearning
+    python bench/selection.py train                          the bases, about 4 minutes each on one core
+    python bench/selection.py prune --width 1024 --out NEW   prune-only curves, about 15 minutes a width
+    python bench/selection.py edit --width 1024 --out NEW    RMisU with `down` and `path`, relearning, 20 to 35 minutes
+    python bench/selection_report.py --out NEW               tables, tests, picture
 
-Every result is a line of bench/results/selection/PART-WIDTH.jsonl; what is there already is not run again.
+Every result is a line of OUT/PART-WIDTH.jsonl; what is there already is not run again, and the default OUT,
+bench/results/selection, has all of it.
 """
 
 import argparse
 import functools
 import json
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -183,9 +186,15 @@ def train(folder: Path) -> None:
         tiny.save(model, encoder, folder / f"fresh-{width}")
 
 
-def run(part: str, width: int, folder: Path, choices: list[str]) -> None:
-    encoder, model = world_and_encoder(), tiny.load(folder / f"fresh-{width}")
-    lines = Lines(RESULTS / f"{part}-{width}.jsonl")
+def base(folder: Path, width: int) -> nn.Module:
+    if not (folder / f"fresh-{width}").is_dir():
+        sys.exit(f"{folder} holds no base fresh-{width}; make it: python bench/selection.py train --bases {folder}")
+    return tiny.load(folder / f"fresh-{width}")
+
+
+def run(part: str, width: int, folder: Path, choices: list[str], out: Path) -> None:
+    encoder, model = world_and_encoder(), base(folder, width)
+    lines = Lines(out / f"{part}-{width}.jsonl")
     for seed in SETS:
         study = Study(model, encoder, seed)
         if ["before", seed] not in lines:
@@ -218,15 +227,16 @@ def edits(study: Study, choice: str, lines: Lines) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("train", "prune", "edit"))
-    parser.add_argument("--width", type=int, choices=WIDTHS, default=WIDTHS[0])
-    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--width", type=int, choices=WIDTHS, default=WIDTHS[0], help="of the base's text FFNs")
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="which to run")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are or go")
     parser.add_argument("--bases", type=Path, default=Path("selection-bases"), help="where the bases are or go")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part == "train":
         train(args.bases)
     else:
-        run(args.part, args.width, args.bases, args.choices)
+        run(args.part, args.width, args.bases, args.choices, args.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The tables, tests and picture of docs/selection.md from what bench/selection.py found.
 
-python bench/selection_report.py     writes bench/results/selection/{tables.md,curves.png}
+python bench/selection_report.py [--out DIR]     writes DIR/tables.md and DIR/curves.png; bench/results/selection
 """
 
+import argparse
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from explore import BUDGET, EDITS, ROUNDS
@@ -77,18 +79,23 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def main() -> None:
-    pruned = {width: Lines(RESULTS / f"prune-{width}.jsonl") for width in WIDTHS}
-    edited = {width: Lines(RESULTS / f"edit-{width}.jsonl") for width in WIDTHS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are, and the tables go")
+    folder = parser.parse_args().out
+    pruned = {width: Lines(folder / f"prune-{width}.jsonl") for width in WIDTHS}
+    edited = {width: Lines(folder / f"edit-{width}.jsonl") for width in WIDTHS}
     text, numbers = [], {}
     for width, scope in product(WIDTHS, ("stack", "layer")):
         rows = []
         for choice in CHOICES:
             found = [[read_at(curve(pruned[width], choice, s, scope, places)) for s in SETS] for places in PLACES]
             numbers["prune" if scope == "stack" else "prune per layer", width, choice] = found[0]
-            rows.append([choice, *map(shown, found)])
+            last = [curve(pruned[width], choice, s, scope, PLACES[0])[-1][0] for s in SETS]
+            rows.append([choice, *map(shown, found), f"{sum(d >= LIMIT for d in last)} of {len(last)}"])
         where = "ranked over the tower" if scope == "stack" else "ranked per layer"
         text += [f"**Prune only, width {width}, {where}**: drop at 5 points of damage", ""]
-        text += [*table(["choice", "forget text", "forget image", "both"], rows), ""]
+        text += ["damaged: sets whose damage reaches 5 points by 40 %; of the others the 40 % point is read", ""]
+        text += [*table(["choice", "forget text", "forget image", "both", "damaged"], rows), ""]
     for width, trainable in product(WIDTHS, RATES):
         rows = []
         for fraction, choice in product(BUDGETS, CHOICES):
@@ -114,15 +121,16 @@ def main() -> None:
             claimed = f"{p:.2g}" if names is TESTED else "–"
             rows.append([what, str(width), other, *compared(*pair), claimed])
     text += table(["what", "width", "against", "difference", "sets won", "p, Holm"], rows)
-    text += ["", *explored(WIDTHS[0], pruned[WIDTHS[0]])]
-    (RESULTS / "tables.md").write_text("\n".join(text) + "\n")
-    picture(pruned)
+    if all((folder / f"explore-{part}-{WIDTHS[0]}.jsonl").exists() for part in ("text", "vision", "edit")):
+        text += ["", *explored(folder, WIDTHS[0], pruned[WIDTHS[0]])]
+    (folder / "tables.md").write_text("\n".join(text) + "\n")
+    picture(folder, pruned)
 
 
-def explored(width: int, pruned: Lines) -> list[str]:
+def explored(folder: Path, width: int, pruned: Lines) -> list[str]:
     """Tables of what bench/explore.py found."""
     text, rows, first = [], [], []
-    chosen = Lines(RESULTS / f"explore-text-{width}.jsonl")
+    chosen = Lines(folder / f"explore-text-{width}.jsonl")
     for choice, lines in (("snr", pruned), ("both", chosen), ("again", chosen)):
         curves = [[curve(lines, choice, s, "stack", kind, ROUNDS, start=pruned) for s in SETS] for kind in PLACES]
         found = [[read_at(one) for one in some] for some in curves]
@@ -135,14 +143,14 @@ def explored(width: int, pruned: Lines) -> list[str]:
     places = list(union[0]["accuracy"])
     rows = [[f"{np.mean(sizes):.0f}", *(f"{np.mean([one['accuracy'][p] for one in union]):.0f}" for p in places)]]
     text += ["**The union of the samples' own five per layer**, pruned", "", *table(["neurons", *places], rows), ""]
-    seen, rows = Lines(RESULTS / f"explore-vision-{width}.jsonl"), []
+    seen, rows = Lines(folder / f"explore-vision-{width}.jsonl"), []
     for choice in ("snr", "ifi", "random"):
         curves = [curve(seen, choice, s, "layer", ("forget image",), FRACTIONS, "general image", pruned) for s in SETS]
         damage, fell = np.mean([one[-1] for one in curves], axis=0)
         rows.append([choice, shown([read_at(one) for one in curves]), f"{fell:.1f}", f"{damage:.1f}"])
     heads = ["choice", "forget image at 5 points of damage", "forget image at 40 %", "damage at 40 %"]
     text += ["**Prune only, vision tower**: damage on retain people and general pictures", "", *table(heads, rows), ""]
-    edits, rows = Lines(RESULTS / f"explore-edit-{width}.jsonl"), []
+    edits, rows = Lines(folder / f"explore-edit-{width}.jsonl"), []
     for how in EDITS:
         found = [edits[[how, s, "path", BUDGET]] for s in SETS]
         columns = [[one["accuracy"][place] for one in found] for place in places]
@@ -158,7 +166,7 @@ def explored(width: int, pruned: Lines) -> list[str]:
 PLACES = (("forget text",), ("forget image",), ("forget text", "forget image"))
 
 
-def picture(pruned: dict[int, Lines]) -> None:
+def picture(folder: Path, pruned: dict[int, Lines]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -170,7 +178,7 @@ def picture(pruned: dict[int, Lines]) -> None:
         axes.set(title=f"FFN width {width}", xlabel="damage to retain or general, points", xlim=(-2, 40))
     figure.axes[0].set_ylabel("drop of forget text, points")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(CHOICES), frameon=False)
-    figure.savefig(RESULTS / "curves.png", dpi=200)
+    figure.savefig(folder / "curves.png", dpi=200)
 
 
 if __name__ == "__main__":

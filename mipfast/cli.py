@@ -72,7 +72,7 @@ def demo(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train the base model from nothing first (minutes).")
     ] = False,
-    first_seed: Annotated[int, typer.Option(help="The first forget set; 0-2 have a retrained reference.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first forget set; 0-2 have a retrained reference.")] = 0,
     full: Annotated[
         bool,
         typer.Option(
@@ -89,7 +89,7 @@ def demo(
 
     With --full also the baselines, what attacks bring back, and how direction, shared modalities and settings matter:
     OUT/README.md has every table and picture, OUT/cells what is finished. Changed settings make only their own cells
-    again.
+    again; after a change of code remove them.
     """
     import torch
 

@@ -49,7 +49,7 @@ AIMS = {metric: {"forget": "↓"} | UP for metric in KNOWLEDGE} | {
 }
 FLAGS = {
     "no_vanilla": "the folder has no vanilla model to compare with, so there are no rates",
-    "diverged": "a metric is nan or infinite",
+    "diverged": "a metric, or a loss in training, is nan or infinite",
     "inconsistent_modality": "text and image questions of the forget set are forgotten at rates more than "
     f"{GAP:.0f} percentage points apart",
     "collapse": f"less than {COLLAPSE:.0f} % of the vanilla model's score is left on a retain or general set",

@@ -126,7 +126,7 @@ def _attacks(results: dict[str, Any]) -> list[Part]:
     ]
     notes = [f"{name}: {PROBE_NOTES[name]}" for name in found if name in PROBE_NOTES]
     notes += [
-        f"{name}: accuracy about the last two forget people after so many steps on the others"
+        f"{name}: accuracy about the last two forget people after so many steps on the others, 0 before them"
         for name in found
         if name.startswith("relearned")
     ]
@@ -141,30 +141,33 @@ def _attacks(results: dict[str, Any]) -> list[Part]:
 
 
 def _attack_distance(found: dict[str, dict[str, Values]]) -> str:
-    far: dict[str, list[float]] = {}
-    for values in found.values():
+    """A line for each attack: AUCs and accuracies have no common mean."""
+    said = []
+    for name, values in found.items():
         target = values.get("retrained", {})
-        for row, kinds in values.items():
-            pairs = [(kinds[kind], target.get(kind)) for kind in MODALITIES if row != "retrained"]
-            far.setdefault(row, []).extend(abs(fmean(a) - fmean(b)) for a, b in pairs if a and b)
-    shown = [f"{row} {fmean(far[row]):.1f}" for row in sorted(far, key=lambda row: fmean(far[row] or [0])) if far[row]]
-    return (
-        f"Mean distance to the retrained model over attacks and modalities, in points: {'; '.join(shown)}."
-        if shown
-        else ""
-    )
+        far = {
+            row: fmean(abs(fmean(kinds[kind]) - fmean(target[kind])) for kind in MODALITIES)
+            for row, kinds in values.items()
+            if row not in ("before", "retrained") and all(kinds.values()) and all(target.get(k) for k in MODALITIES)
+        }
+        if far:
+            ranked = sorted(far, key=far.__getitem__)
+            said.append(f"{name}: {', '.join(f'{row} {far[row]:.1f}' for row in ranked)}.")
+    return f"Mean distance to the retrained model, text and image, in points. {' '.join(said)}" if said else ""
 
 
 def _returned(found: dict[str, dict[str, Values]]) -> str:
-    said = []
+    """Points gained by relearning, mean over seeds and modalities."""
+    start, said = found.get("relearned 0", {}), []
     for name, values in found.items():
-        known = {
-            row: kinds for row, kinds in values.items() if row not in ("before", "retrained") and all(kinds.values())
+        gained = {
+            row: fmean(fmean(kinds[kind]) - fmean(start[row][kind]) for kind in MODALITIES)
+            for row, kinds in values.items()
+            if row != "before" and all(kinds.values()) and all(start.get(row, {}).get(kind) for kind in MODALITIES)
         }
-        if known and name.startswith("relearned"):
-            most = max(known, key=lambda row: fmean(map(fmean, known[row].values())))
-            text, image = (fmean(known[most][kind]) for kind in MODALITIES)
-            said.append(f"Most comes back of {most} after {name}: {text:.0f} / {image:.0f} percent.")
+        if gained and name.startswith("relearned") and name != "relearned 0":
+            ranked = sorted(gained, key=gained.__getitem__)
+            said.append(f"Gained by {name}, points: {', '.join(f'{row} {gained[row]:.1f}' for row in ranked)}.")
     return " ".join(said)
 
 
@@ -236,7 +239,8 @@ def _cross_modal(results: dict[str, Any]) -> list[Part]:
         "The forget people's facts are dealt to text and to pictures, equally many to each in every row; shared ones "
         "go to both. The edit sees, and MIP locates with, only what was dealt. Asked are all facts in both modalities: "
         "what goes in a modality that the edit did not use is transfer; where neither was used, spill from the same "
-        "people's other facts. A dash: there is no such fact."
+        "people's other facts. A dash: there is no such fact. The more is shared, the fewer facts are edited in all, "
+        "from 24 to 12 of 25, and spill falls with them."
     )
     alt = "Accuracy on the forget questions by share of facts in both modalities; the table has the numbers"
     return [
@@ -304,6 +308,14 @@ def _flags(results: dict[str, Any]) -> list[Part]:
         Heading("Flags"),
         Grid("What is wrong with which row", ["part", "row", "flag", "seeds"], lines, words=["row", "flag", "seeds"]),
         Bullets([f"{name} means: {FLAGS[name]}." for name in names]),
+        Bullets(
+            [
+                f"{one['row']}, seed {one['seed']}: {flag}"
+                for one in results["flags"]
+                for flag in one["flags"]
+                if flag.startswith("diverged")
+            ]
+        ),
     ]
 
 

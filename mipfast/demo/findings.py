@@ -92,7 +92,7 @@ def collect(cells: Cells, questions: Asked, options: dict[str, list[str]]) -> di
     rows = dict.fromkeys(cell["facts"]["row"] for cell in every if cell["facts"]["part"] == "methods")
     return {
         "rows": [_row(row, methods) for row in rows],
-        "attacks": _attacks(methods),
+        "attacks": _attacks(methods, questions),
         "rates": _rates(methods, questions, options),
         "directions": _directions(parts.get("directions", []), questions, options),
         "cross_modal": _cross_modal(parts.get("cross-modal", [])),
@@ -125,13 +125,27 @@ def _row(row: str, methods: Cells) -> dict[str, Any]:
     }
 
 
-def _attacks(methods: Cells) -> dict[str, dict[str, dict[str, list[float]]]]:
-    attacked = [cell for cell in methods if "attacks" in cell]
+def _attacks(methods: Cells, questions: Asked) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """And "relearned 0": what the people whom relearning is judged on are known by before it."""
+    attacked = [
+        cell | {"attacks": _not_yet(questions(cell["seed"]), cell["answers"]) | cell["attacks"]}
+        for cell in methods
+        if "attacks" in cell
+    ]
     rows = dict.fromkeys(cell["row"] for cell in attacked)
     names = dict.fromkeys(chain.from_iterable(cell["attacks"] for cell in attacked))
     return {
         name: {row: _each([c for c in attacked if c["row"] == row], "attacks", name) for row in rows} for name in names
     }
+
+
+def _not_yet(asked: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    judged = sorted({q.subject for q in asked if q.subject is not None})[-2:]
+    hits: dict[str, list[bool]] = {kind: [] for kind in MODALITIES}
+    for q, answer in zip(asked, answers, strict=True):
+        if q.subject in judged:
+            hits[q.modality].append(answer == q.answer)
+    return {"relearned 0": {kind: 100 * fmean(some) for kind, some in hits.items()}}
 
 
 def _rates(methods: Cells, questions: Asked, options: dict[str, list[str]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`mipfast demo --full`: every row, attack and ablation on the demo's model, in cells that a stop leaves behind.
 
 A cell is one edit and all that is asked of it. OUT/cells/NAME.json holds
-    key: hash of everything the result depends on; facts: what the cell is, JSON; seconds: float
+    key: hash of versions, weights, settings and counts, not of code; facts: what the cell is, JSON; seconds: float
     result: {"accuracy": {group: {modality: percent}}, "neurons": int or None, "answers": [a word per forget question],
         and as far as asked "attacks": {attack: {modality: float}}, "seen": {where: {modality: percent}}};
         or {"diverged": message}
@@ -52,7 +52,7 @@ RELEARNING = (5, 20)  # steps
 DIRECTIONS: dict[str, dict[str, Any]] = {f"gaussian {seed}": {"seed": seed} for seed in range(1, 6)}
 DIRECTIONS |= {kind: {"direction": kind} for kind in ("uniform", "learned")}
 SHARES = (0.0, 0.25, 0.5, 1.0)  # of a modality's facts that the other one has too
-SWEPT_LR, SWEPT_BATCH, SWEPT_RATIO = (1e-3, 3e-3, 1e-2, 3e-2), (12, 24, 48), (0.05, 0.10, 0.15)
+SWEPT_LR, SWEPT_BATCH, SWEPT_RATIO = (3e-3, 1e-2, 3e-2), (12, 24, 48), (0.05, 0.10, 0.15)
 LIMITS = [
     "Toy scale: 2.3 M parameters, 48 invented people, one base model. Nothing here is evidence about a 3B model.",
     "A seed draws the forget set, the batches, the direction and the random neurons together; under Steering "
@@ -309,7 +309,7 @@ def _read(path: Path, key: str) -> dict[str, Any] | None:
     except ValueError:
         log.warning("%s is damaged; made again", path)
         return None
-    return entry if entry.get("key") == key else None
+    return entry if isinstance(entry, dict) and entry.get("key") == key else None
 
 
 def _hash(facts: Any) -> str:
