@@ -1,8 +1,9 @@
-"""The README's example runs as it stands, on a tiny model saved to a folder."""
+"""The README's example runs as it stands, on a tiny model saved to a folder; every link leads somewhere."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import tiny_llama
 
@@ -26,3 +27,9 @@ def test_the_example_for_one_s_own_model_runs(tmp_path, monkeypatch):
     assert (tmp_path / "edited" / "model.safetensors").exists() and (tmp_path / "edited" / "path.json").exists()
     edited = type(model).from_pretrained(tmp_path / "edited")
     assert any(not torch.equal(a, b) for a, b in zip(edited.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").rglob("*.md"))], ids=lambda page: page.name)
+def test_relative_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
