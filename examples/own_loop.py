@@ -1,13 +1,15 @@
 """RMisU in a training loop of your own: mipfast's loss, your optimiser. Text only, whatever the model.
 
     python examples/own_loop.py                                   # Qwen/Qwen2.5-0.5B-Instruct, into ./edited
-    python examples/own_loop.py --model DIR_OR_HUB_ID --steps 60 --lr 3e-3 --out FOLDER
+    python examples/own_loop.py --model DIR_OR_HUB_ID --steps 200 --lr 3e-3 --out FOLDER
 
 Trained are the path's columns of the FFN output projections, by a mask on their gradients; nothing else moves.
 mipfast.misdirect does the same without gradients of whole weights, and also the neurons' rows (trainable="path").
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +32,14 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct", help="folder or Hub id")
     parser.add_argument("--out", default="edited", help="folder for the edited model")
     parser.add_argument("--fraction", type=float, default=0.1, help="of each layer's neurons that may be edited")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
+    out = Path(args.out).resolve()
+    if (out.exists() and not out.is_dir()) or out == Path(args.model).resolve():
+        parser.error(f"--out {args.out} is a file or the model's own folder; expected another folder")
+    if args.steps < 1 or not args.lr > 0:
+        parser.error(f"--steps {args.steps} --lr {args.lr}; expected at least 1 and a positive number")
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -72,7 +79,7 @@ def main() -> None:
         optimizer.zero_grad()
         losses.loss.backward()
         optimizer.step()
-        if step % 10 == 0 or step == args.steps - 1:
+        if step % 20 == 0 or step == args.steps - 1:
             print(f"step {step}: forget loss {losses.forget:.4f}, retain loss {losses.retain:.4f}")
 
     judge("after")
@@ -82,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except mipfast.MipfastError as error:
+        sys.exit(str(error))

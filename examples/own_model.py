@@ -9,6 +9,8 @@ asked otherwise (never trained on), into RETAIN what must stay: its neighbours a
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 import torch
 
@@ -40,6 +42,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    out = Path(args.out).resolve()
+    if (out.exists() and not out.is_dir()) or out == Path(args.model).resolve():
+        parser.error(f"--out {args.out} is a file or the model's own folder; expected another folder")
+    if args.epochs < 1 or not args.lr > 0:
+        parser.error(f"--epochs {args.epochs} --lr {args.lr}; expected at least 1 and a positive number")
 
     model, encoder = load_model(args.model, args.device), Encoder.from_pretrained(args.model)
     # after a chat template an answer begins the line; elsewhere a space stands before it
@@ -77,4 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except mipfast.MipfastError as error:
+        sys.exit(str(error))

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import stub_open_unlearning
 import torch
 from tiny import PAD, tiny_llama
@@ -74,10 +75,10 @@ def test_own_model(tmp_path, monkeypatch, capsys):
 
 def test_own_loop(tmp_path, monkeypatch, capsys):
     model, out = taught(tmp_path / "model", pairs_of("own_loop.py")), tmp_path / "edited"
-    run(monkeypatch, "own_loop.py", "--model", model, "--out", out, "--lr", "1e-2")
+    run(monkeypatch, "own_loop.py", "--model", model, "--out", out)
     printed = capsys.readouterr().out
     losses = [float(found) for found in re.findall(r"forget loss ([\d.]+)", printed)]
-    assert len(losses) == 7 and losses[-1] < 0.5 * losses[0]
+    assert len(losses) == 11 and losses[-1] < 0.5 * losses[0]
     assert "before: 100 % of forget and 100 % of retain" in printed
     assert "after: 0 % of forget and 100 % of retain" in printed
 
@@ -88,6 +89,20 @@ def test_own_loop(tmp_path, monkeypatch, capsys):
     assert moved.keys() == wanted.keys()
     for name, columns in moved.items():
         assert set(columns.flatten().tolist()) <= set(wanted[name].tolist())
+
+
+@pytest.mark.parametrize("script", ["own_model.py", "own_loop.py"])
+def test_what_cannot_be_done_is_said_in_a_line(script, tmp_path, monkeypatch, capsys):
+    file, count = tmp_path / "a_file", {"own_model.py": "--epochs", "own_loop.py": "--steps"}[script]
+    file.touch()
+    wrong = [["--out", file], ["--out", tmp_path], ["--lr", "0.0"], ["--lr", "nan"], [count, "0"]]
+    for arguments in wrong:  # refused before the model, which is none, is read
+        with pytest.raises(SystemExit, match="^2$"):
+            run(monkeypatch, script, "--model", tmp_path, *arguments)
+        assert f"{arguments[0]} {arguments[1]}" in capsys.readouterr().err
+    model = taught(tmp_path / "model", pairs_of(script))
+    with pytest.raises(SystemExit, match="fraction=2.0; expected"):
+        run(monkeypatch, script, "--model", model, "--out", tmp_path / "edited", "--fraction", "2")
 
 
 def test_open_unlearning(tmp_path, monkeypatch):
