@@ -13,7 +13,7 @@ from mipfast import metrics
 from mipfast.errors import DivergedError, InputError, ModelError
 from mipfast.likelihood import token_nll
 from mipfast.modes import held, unwrapped
-from mipfast.positions import Batch
+from mipfast.positions import Batch, check_many, find_labels
 
 
 @contextmanager
@@ -21,12 +21,19 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
     """The model after one Adam step per batch on all of its weights; the weights before return on the way out.
 
     batches: some of the forgotten knowledge, as model(**batch) takes it, with labels. Judge inside the context on the
-    *rest* of it: what comes back there was hidden, not removed. Raises DivergedError for a loss that is not finite."""
+    *rest* of it: what comes back there was hidden, not removed.
+
+    Raises InputError for lr that is not positive, one batch in the place of many or a batch without labels,
+    DivergedError for a loss that is not finite."""
+    check_many("batches", batches)
+    if not isinstance(lr, int | float) or not lr > 0:
+        raise InputError(f"lr={lr!r}; expected a positive number")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with held(model, model.parameters()):
             optimizer = torch.optim.Adam(model.parameters(), lr=lr)
             for step, batch in enumerate(batches):
+                find_labels(batch)
                 loss = model(**batch).loss
                 if not bool(loss.isfinite()):
                     raise DivergedError(f"relearning step {step} has loss {loss.item()}; lower lr ({lr})")
@@ -47,10 +54,12 @@ def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch],
     log-probability of its label tokens (Yeom et al., arXiv 1709.01604); min_k: that of the share k of them that are
     least likely, one at least (Shi et al., arXiv 2310.16789). For one-token answers the two are the same.
 
-    Raises InputError for k outside (0, 1] or a side without samples, DivergedError for likelihoods that are not finite,
-    MipfastError without scikit-learn."""
-    if not 0 < k <= 1:
-        raise InputError(f"k={k}; expected a share of the label tokens in (0, 1]")
+    Raises InputError for k outside (0, 1], a side without samples or one batch in the place of many, DivergedError for
+    likelihoods that are not finite, MipfastError without scikit-learn."""
+    for name, batches in (("members", members), ("strangers", strangers)):
+        check_many(name, batches)
+    if not isinstance(k, int | float) or not 0 < k <= 1:
+        raise InputError(f"k={k!r}; expected a share of the label tokens in (0, 1]")
     sides = [_likelihoods(model, batches, k) for batches in (members, strangers)]
     return {name: 100 * metrics.auc(*(side[name] for side in sides)) for name in ("loss", "min_k")}
 
@@ -82,7 +91,7 @@ def quantised(model: Any, bits: int = 4) -> Iterator[None]:
     rounded apart from what they sit on: merge them first. Raises InputError for bits outside 2..8, ModelError for
     weights that are integers already."""
     if bits not in range(2, 9):
-        raise InputError(f"bits={bits}; expected 2 to 8")
+        raise InputError(f"bits={bits!r}; expected 2 to 8")
     embeddings = (unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings())
     kept = {id(embedding.weight) for embedding in embeddings if embedding is not None}
     before: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
@@ -109,14 +118,15 @@ def _rounded(weight: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 
 def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) -> dict[str, torch.Tensor]:
-    """The batch with the same text tokens [P] before every sample's prompt: a hint, or examples of what is asked.
+    """The batch with the same text tokens [P] or [1,P] before every sample's prompt: a hint, or examples of what is
+    asked.
 
     at: how many of a sample's own tokens stay in front of them; 1 keeps a start token first. Padding on either side.
     The tokens are attended and not scored; position_ids count on; what is not one value per token is passed through.
-    Raises InputError for anything else per token (inputs_embeds, cross_attention_mask, a 4-D mask), and where the
-    tokens would stand behind a label."""
+    Raises InputError for tokens that are no integers, anything else per token (inputs_embeds, cross_attention_mask, a
+    4-D mask), and where the tokens would stand behind a label."""
     ids = batch["input_ids"]
-    added = torch.as_tensor(tokens, dtype=ids.dtype, device=ids.device)
+    added = _token_ids(tokens).to(ids)
     fill = {"input_ids": added} | {
         name: torch.full_like(added, value)
         for name, value in {"attention_mask": 1, "labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}.items()
@@ -129,11 +139,12 @@ def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) ->
     if odd:
         raise InputError(f"cannot put tokens into {', '.join(odd)}; expected {', '.join(fill)} [n,S] and position_ids")
     attended = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    starts = (attended.int().argmax(1) + at).tolist()
-    before = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(starts, device=ids.device)[:, None]
+    first, last = attended.int().argmax(1), attended.sum(1) - 1
     scored = batch.get("labels", torch.full_like(ids, -100)) != -100
-    if not 0 <= at < int(attended.sum(1).min()) or bool((scored & before).any()):
-        raise InputError(f"at={at} is not inside every sample's prompt; expected 0, or 1 behind a start token")
+    most = int(last.where(~scored.any(1), last.minimum(scored.int().argmax(1) - first)).min())
+    if at not in range(most + 1):
+        raise InputError(f"at={at!r} is not inside every sample's prompt; expected an integer 0..{most}")
+    starts = (first + at).tolist()
 
     def longer(name: str, value: torch.Tensor) -> torch.Tensor:
         """[...,n,S] to [...,n,S+P]."""
@@ -146,3 +157,16 @@ def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) ->
         return torch.stack([torch.cat(part, -1) for part in parts], -2)
 
     return {name: longer(name, v) if name in {*fill, "position_ids"} else v for name, v in batch.items()}
+
+
+def _token_ids(tokens: Any) -> torch.Tensor:
+    """[P] of [P] or [1,P]."""
+    try:
+        found = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0, 0)  # of no shape that passes
+    found = found[0] if found.ndim == 2 and len(found) == 1 else found
+    if found.ndim != 1 or (len(found) and found.dtype not in (torch.int64, torch.int32)):
+        what = f"a {found.dtype} tensor {list(found.shape)}" if isinstance(tokens, torch.Tensor) else repr(tokens)
+        raise InputError(f"tokens are {what}; expected integers of shape [P] or [1,P], a tokenizer's input_ids")
+    return found

@@ -4,18 +4,20 @@ states are there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Subset
 
 from mipfast.capture import label_states, removing
 from mipfast.errors import InputError
 from mipfast.modes import held, unwrapped
-from mipfast.positions import Batch, Positions, check_inputs, find_labels, text_rows, without_labels
-from mipfast.sites import find_sites
+from mipfast.positions import Batch, Positions, check_inputs, check_many, find_labels, text_rows, without_labels
+from mipfast.sites import check_layer, find_sites
 
 STEPS, LR = 40, 0.1
 
@@ -51,7 +53,7 @@ def answer_log_prob(model: Any, batch: Batch, layer: int, positions: Positions, 
 
 def learned_direction(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     layer: int,
     positions: Positions,
     length: float,
@@ -62,8 +64,21 @@ def learned_direction(
     `steps` steps of Adam, a batch each, in order and over again, from the seed's gaussian draw, u made of unit length
     after every step.
 
-    length: the target's. Not where all answers are equally likely: on the demo's base one wrong word takes nearly all.
-    The model is left as it was found."""
+    layer: the text block whose output is steered. positions: where, as in RMisUConfig. length: the target's, as found
+    by `steering_target(RMisUConfig(), forget, kept).norm().item()`. The right answer becomes unlikely, which does not
+    make all answers equally likely: on the demo's base one wrong word takes nearly all. The model is left as it was.
+
+    Raises InputError for no batches or one in the place of many, a layer that the model does not have, unknown
+    positions, a length that is not positive and finite, and fewer steps than one."""
+    check_many("batches", batches)
+    batches = batches if isinstance(batches, Sequence | Subset) else list(batches)
+    if not len(batches):
+        raise InputError("0 batches; expected at least one")
+    check_layer(layer, find_sites(model).text)
+    if not isinstance(length, int | float) or not 0 < length < math.inf:
+        raise InputError(f"length={length!r}; expected a positive number, as steering_target(...).norm().item()")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps={steps!r}; expected an integer of at least 1")
     parameter = next(model.parameters())
     size = unwrapped(model).config.get_text_config().hidden_size
     start = draw_direction("gaussian", size, seed).to(parameter.device)

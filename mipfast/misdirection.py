@@ -33,7 +33,7 @@ from mipfast.positions import (
     without_labels,
 )
 from mipfast.pruning import Neurons, active_prunes, check_neurons, neuron_slices
-from mipfast.sites import Sites, Stack, find_sites
+from mipfast.sites import Sites, check_layer, find_sites
 from mipfast.training import Losses, Places, check_kind, check_steps, descend, order, take_batches, training
 
 log = logging.getLogger("mipfast")
@@ -97,7 +97,7 @@ def hidden_states(
 
     sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
     stack = (sites or find_sites(model)).text
-    _check_layer(layer, stack)
+    check_layer(layer, stack)
     check_inputs(model, batch)
     block, ffn = stack.blocks[layer], stack.ffns[layer]
     inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
@@ -265,13 +265,8 @@ def misdirect(
 def steering_layer(config: Any, sites: Sites) -> int:
     """Index of the text block whose output is steered. Raises InputError for one the model does not have."""
     layer = config.layer if config.layer is not None else 3 * sites.text.num_layers // 5
-    _check_layer(layer, sites.text)
+    check_layer(layer, sites.text)
     return layer
-
-
-def _check_layer(layer: int, text: Stack) -> None:
-    if not 0 <= layer < text.num_layers:
-        raise InputError(f"layer={layer}; the text stack has layers 0..{text.num_layers - 1}")
 
 
 def check_config(config: RMisUConfig) -> None:

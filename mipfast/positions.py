@@ -17,7 +17,7 @@ Positions = str | torch.Tensor | list
 
 TEXT_POSITIONS = ("last_prompt", "answer", "first", "prompt", "all")
 VISION_POSITIONS = ("all", "first")
-BATCH = "expected what model(**batch) takes, tensors by name, with labels [n,S]; forget and retain are lists of such"
+BATCH = "expected what model(**batch) takes, tensors by name, with labels [n,S]; where many are taken, a list of such"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,12 @@ class Rows:
 def without_labels(batch: Batch) -> dict[str, Any]:
     """The batch as the model's inputs: with labels, transformers would compute a loss nobody reads."""
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def check_many(name: str, batches: Any) -> None:
+    """Raises InputError for one batch in the place of many."""
+    if isinstance(batches, Mapping | str):
+        raise InputError(f"{name} is a {type(batches).__name__}, as one batch is; {BATCH}")
 
 
 def find_labels(batch: Batch) -> Labels:

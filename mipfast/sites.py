@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mipfast.errors import ArtefactError, ModelError
+from mipfast.errors import ArtefactError, InputError, ModelError
 from mipfast.modes import unwrapped
 
 # What the output projection of an FFN and the module around it are called in transformers.
@@ -188,3 +188,9 @@ def _sizes(projection: nn.Module) -> tuple[int, int]:
 def neurons_valid(indices: torch.Tensor, stack: Stack) -> bool:
     """Whether every index names a neuron of the stack."""
     return bool(((indices >= 0) & (indices < stack.num_neurons)).all())
+
+
+def check_layer(layer: int, text: Stack) -> None:
+    """Raises InputError for a layer that the text stack does not have."""
+    if layer not in range(text.num_layers):
+        raise InputError(f"layer={layer!r}; the text stack has layers 0..{text.num_layers - 1}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeVar, cast
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.modes import held
-from mipfast.positions import BATCH, Batch
+from mipfast.positions import Batch, check_many
 from mipfast.pruning import Slice
 
 log = logging.getLogger("mipfast")
@@ -154,8 +154,7 @@ def take_batches(forget: Iterable[Batch], retain: Iterable[Batch]) -> tuple[Sequ
     """A sequence is kept: it may make its batches when asked for them. Raises InputError where there is none of
     either, or one batch in the place of many."""
     for name, batches in (("forget", forget), ("retain", retain)):
-        if isinstance(batches, Mapping | str):
-            raise InputError(f"{name} is a {type(batches).__name__}, as one batch is; {BATCH}")
+        check_many(name, batches)
     forget, retain = (batches if isinstance(batches, Sequence) else list(batches) for batches in (forget, retain))
     if not forget or not retain:
         raise InputError(f"{len(forget)} forget and {len(retain)} retain batches; expected at least one each")

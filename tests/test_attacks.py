@@ -113,8 +113,8 @@ def test_quantised_gives_back_the_bits_after_an_error():
     del before["model.layers.3.mlp.down_proj.weight"]
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    for bits in (1, 9, 3.5):
-        with pytest.raises(InputError, match="2 to 8"), quantised(model, bits):
+    for bits in (1, 9, 3.5, "4"):
+        with pytest.raises(InputError, match=f"bits={bits!r}; expected 2 to 8"), quantised(model, bits):
             pass
 
 
@@ -153,9 +153,17 @@ def test_prefixed_says_what_it_cannot_do():
     model = tiny_llama()
     batch = text_batch(model, [5, 8], [2, 2], "left")
     for at in (-1, 4, 5):
-        with pytest.raises(InputError, match=f"at={at} is not inside"):
+        with pytest.raises(InputError, match=f"at={at} is not inside every sample's prompt; expected an integer 0..3"):
             prefixed(batch, [7], at)
     with pytest.raises(InputError, match=r"cross_attention_mask \[2, 8, 1, 4\]"):
         prefixed({**batch, "cross_attention_mask": torch.ones(2, 8, 1, 4)}, [7])
     with pytest.raises(InputError, match=r"attention_mask \[2, 1, 8, 8\]"):
         prefixed({**batch, "attention_mask": torch.ones(2, 1, 8, 8)}, [7])
+
+
+def test_prefixed_takes_tokens_as_a_tokenizer_gives_them():
+    batch = text_batch(tiny_llama(), [5, 8], [2, 2], "left")
+    plain = prefixed(batch, [7, 9], at=3)
+    for tokens in ([[7, 9]], torch.tensor([[7, 9]]), torch.tensor([7, 9], dtype=torch.int32)):
+        found = prefixed(batch, tokens, at=3)
+        assert all(torch.equal(found[name], plain[name]) for name in plain)

@@ -17,11 +17,13 @@ from mipfast import (
     NeuronPath,
     RMisUConfig,
     RMisUTrainer,
+    attacks,
     baselines,
     data,
     evaluate,
     find_sites,
     hidden_states,
+    learned_direction,
     locate,
     misdirect,
     pipeline,
@@ -64,6 +66,15 @@ def misdirected(path=PATH, forget=FORGET, retain=RETAIN, config=None, **rmisu):
 
 def compared(method="ga", forget=FORGET, config=None, model=MODEL):
     baselines.run(model, method, forget, RETAIN, config)
+
+
+def learned(batches=FORGET, layer=1, positions="last_prompt", length=3.0, **more):
+    learned_direction(MODEL, batches, layer, positions, length, **more)
+
+
+def attacked(**relearned):
+    with attacks.relearned(MODEL, **{"batches": FORGET} | relearned):
+        pass
 
 
 def trained(folder, dataset, rmisu=None):
@@ -237,6 +248,50 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
         "the path is a list",
         r"expected a NeuronPath \(model, path, forget, retain\)",
     ),
+    # a direction
+    "no batches to learn from": (lambda: learned(batches=[]), "0 batches", "at least one"),
+    "a generator of none": (lambda: learned(batches=iter([])), "0 batches", "at least one"),
+    "one batch to learn from": (lambda: learned(FIRST), "batches is a dict, as one batch is", BATCH),
+    **{
+        f"a direction at layer {layer}": (
+            lambda layer=layer: learned(layer=layer),
+            f"layer={layer}",
+            r"the text stack has layers 0\.\.3",
+        )
+        for layer in (-1, 4, None)
+    },
+    **{
+        f"a target of length {length}": (
+            lambda length=length: learned(length=length),
+            f"length={length}",
+            r"expected a positive number, as steering_target\(...\)\.norm",
+        )
+        for length in (0, -1.0, float("nan"), float("inf"))
+    },
+    "a direction without steps": (lambda: learned(steps=0), "steps=0", "expected an integer of at least 1"),
+    "a direction nowhere": (lambda: learned(positions="end"), "positions='end'", POSITIONS),
+    # attacks
+    "relearning without labels": (
+        lambda: attacked(batches=[without_labels(FIRST)]),
+        "the batch has no labels",
+        r"expected labels \[n,S\]",
+    ),
+    "one batch to relearn": (lambda: attacked(batches=FIRST), "batches is a dict, as one batch is", BATCH),
+    "a negative rate of relearning": (lambda: attacked(lr=-1), "lr=-1", "expected a positive number"),
+    "a rate of relearning that is nan": (lambda: attacked(lr=float("nan")), "lr=nan", "expected a positive number"),
+    "one batch of strangers": (
+        lambda: attacks.membership(MODEL, FORGET, FIRST),
+        "strangers is a dict, as one batch is",
+        f"{BATCH}.*a list of such",
+    ),
+    "a share that is text": (lambda: attacks.membership(MODEL, FORGET, RETAIN, k="a"), "k='a'", "expected a share"),
+    "a hint in words": (lambda: attacks.prefixed(FIRST, "Paris"), "tokens are 'Paris'", r"integers of shape \[P\] or"),
+    "a hint of floats": (
+        lambda: attacks.prefixed(FIRST, torch.ones(3)),
+        r"tokens are a torch\.float32 tensor \[3\]",
+        r"integers of shape \[P\] or \[1,P\]",
+    ),
+    "a hint at a word": (lambda: attacks.prefixed(FIRST, [7], at="1"), "at='1' is not", r"expected an integer 0\.\."),
     # the demo
     "a ratio that is not offered": (
         lambda: app(["demo", "--forget", "0.5"], standalone_mode=False),

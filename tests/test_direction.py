@@ -84,6 +84,8 @@ def test_it_is_of_unit_length_repeatable_and_leaves_the_model_alone(dtype):
     # one step from the draw, over the first batch alone: later batches count
     once = [learned_direction(model, some, 2, "last_prompt", 3.0, 1, steps=2) for some in (batches, batches[:1])]
     assert not torch.equal(*once)
+    made = learned_direction(model, (batch for batch in batches), 2, "last_prompt", 3.0, 1)
+    assert torch.equal(made, found[0])
 
 
 @pytest.mark.parametrize("trainable", ["path", "lora", "all"])

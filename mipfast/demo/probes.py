@@ -108,5 +108,5 @@ NOTES = {
     "membership": "AUC: are the trained answers likelier than those about people nobody was trained on?",
     "paraphrased": "accuracy in four wordings that nobody was trained on",
     "in context": "accuracy behind two other facts about the same person, as name and value",
-    "quantised": f"accuracy with the weights of every linear layer in {BITS} bit",
+    "quantised": f"accuracy with the weights of every linear layer but the head in {BITS} bit",
 }
