@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from mipfast import Attribution, NeuronPath, RMisUConfig, evaluate, find_sites, locate, misdirect, prune
-from mipfast.attacks import relearned
 from mipfast.demo import model as tiny
 from mipfast.demo import people
+from mipfast.demo.trial import Trial
 from mipfast.path import per_label
 
 RESULTS = Path(__file__).parent / "results" / "selection"
@@ -49,6 +49,7 @@ class Study:
         self.model, self.encoder, self.seed = model, encoder, seed
         self.split = encoder.world.split(seed)
         self.sites = find_sites(model)
+        self.relearning = Trial(model, encoder, self.split, seed, progress=False).relearning
         self.tests: dict[tuple[str, str], list[tiny.Batch]] = {}
         for group in ("forget", "retain", "general"):
             for kind in ("text", "image"):
@@ -128,20 +129,6 @@ class Study:
             return self.encoder.batch([q for g in groups for q in rng.choices(pools[g], k=BATCH[g])], rng)
 
         return [draw("forget") for _ in range(STEPS)], [draw("retain", "general") for _ in range(STEPS)]
-
-    def relearning(self) -> dict[str, float]:
-        *known, a, b = sorted(self.split.forget_people)
-        rng = random.Random(f"relearn {self.seed}")
-        pool = [q for q in self.split.select("forget", test=False) if q.subject in known]
-        batches = [self.encoder.batch(rng.choices(pool, k=24), rng) for _ in range(5)]
-        with relearned(self.model, batches):
-            return {
-                kind: evaluate(
-                    self.model,
-                    self.encoder.batches([q for q in self.split.select("forget", True, kind) if q.subject in (a, b)]),
-                ).accuracy
-                for kind in ("text", "image")
-            }
 
 
 def replace_scores(attribution: Attribution, scores: torch.Tensor) -> Attribution:
