@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from mipfast.demo import run
-from mipfast.demo.trial import MODALITIES, ROWS, Setting, Trial
+from mipfast.demo.findings import gap
+from mipfast.demo.trial import ROWS, Setting, Trial
 from mipfast.files import write_atomic
 
 PRUNES = ("snr", "mean", "random prune")
@@ -58,11 +59,6 @@ GRID = {
 }
 
 
-def score(accuracy: dict) -> float:
-    kept = [accuracy[group][kind] for group in ("retain", "general") for kind in MODALITIES]
-    return statistics.mean(kept) - statistics.mean(accuracy["forget"].values())
-
-
 def found(out: Path) -> dict[tuple, dict]:
     """What was tried: {(seed, row, setting): result}."""
     lines = out.with_suffix(".jsonl")
@@ -100,7 +96,7 @@ def main() -> None:
 
     def keep(seed: int, row: str, setting: Setting | None, accuracy: dict) -> None:
         one = {"seed": seed, "row": row, "setting": setting and asdict(setting), "accuracy": accuracy}
-        line = json.dumps(one | ({"score": score(accuracy)} if setting else {}))
+        line = json.dumps(one | ({"score": gap(accuracy)} if setting else {}))
         with args.out.with_suffix(".jsonl").open("a") as lines:
             lines.write(line + "\n")
         print(line, flush=True)

@@ -23,7 +23,7 @@ from torch import nn
 from mipfast import ops
 from mipfast.capture import removing
 from mipfast.errors import DivergedError, InputError
-from mipfast.likelihood import log_probs, sample_nll
+from mipfast.likelihood import cross_entropy, log_probs, sample_nll
 from mipfast.misdirection import RMisUConfig, check_config, hidden_states, steering_layer, steering_target
 from mipfast.modes import held
 from mipfast.positions import Batch, without_labels
@@ -336,11 +336,6 @@ def _report(method: Any, config: BaselineConfig, started: float, **found: Any) -
         "seed": config.seed,
         "seconds": time.monotonic() - started,
     }
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """CE(batch), scalar."""
-    return F.nll_loss(*log_probs(model, batch))
 
 
 def _before(batches: Mapping[int, Batch], measure: Callable[[Batch], torch.Tensor]) -> Kept:

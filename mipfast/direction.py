@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset
 
-from mipfast.capture import label_states, removing
+from mipfast.capture import removing
 from mipfast.errors import InputError
+from mipfast.likelihood import cross_entropy
 from mipfast.modes import held, unwrapped
-from mipfast.positions import Batch, Positions, check_inputs, check_many, find_labels, text_rows, without_labels
+from mipfast.positions import Batch, Positions, check_many, text_rows
 from mipfast.sites import check_layer, find_sites
 
 STEPS, LR = 40, 0.1
@@ -37,8 +37,7 @@ def draw_direction(kind: str, size: int, seed: int) -> torch.Tensor:
 def answer_log_prob(model: Any, batch: Batch, layer: int, positions: Positions, target: torch.Tensor) -> torch.Tensor:
     """Mean log-probability of a batch's label tokens, the hidden states behind text block `layer` being target [D] at
     the chosen positions and what they are elsewhere. Scalar, float32 at least, differentiable in the target."""
-    labels, rows = find_labels(batch), text_rows(batch, positions).index
-    check_inputs(model, batch)
+    rows = text_rows(batch, positions).index
 
     def replace(module: nn.Module, args: tuple, output: Any) -> Any:
         state = output[0] if isinstance(output, tuple) else output
@@ -46,9 +45,8 @@ def answer_log_prob(model: Any, batch: Batch, layer: int, positions: Positions, 
         moved = state.detach().flatten(0, 1).index_copy(0, rows.to(state.device), values).view_as(state)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    with removing(find_sites(model).text.blocks[layer].register_forward_hook(replace)), label_states(model, labels):
-        logits = model(**without_labels(batch), use_cache=False).logits[labels.mask]
-    return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels.target[labels.mask])
+    with removing(find_sites(model).text.blocks[layer].register_forward_hook(replace)):
+        return -cross_entropy(model, batch)
 
 
 def learned_direction(

@@ -62,12 +62,13 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
             labels = find_labels(batch)
             check_inputs(model, batch)
             logits = model(**without_labels(batch), use_cache=False).logits
-            picked = logits.gather(1, labels.index.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1])).cpu()
-            if not bool(picked[labels.mask.cpu()].amax(-1).isfinite().all()):
+            index, labelled = (tensor.to(logits.device) for tensor in (labels.index, labels.mask))
+            picked = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
+            if not bool(picked[labelled].amax(-1).isfinite().all()):
                 raise DivergedError(
                     "the model's logits are nan or infinite: its weights are, or its dtype is too narrow"
                 )
-            best = picked.argmax(-1)
+            best = picked.argmax(-1).cpu()
             for row, target, mask in zip(best, labels.target.cpu(), labels.mask.cpu(), strict=True):
                 predicted.append(row[mask].tolist())
                 hits.append(bool((row == target)[mask].all()))

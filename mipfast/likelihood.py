@@ -19,6 +19,11 @@ def log_probs(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1), labels.target[labels.mask]
 
 
+def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean NLL of a batch's label tokens, scalar."""
+    return F.nll_loss(*log_probs(model, batch))
+
+
 def token_nll(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
     """NLL of every label token, one tensor per sample."""
     counts = find_labels(batch).mask.sum(1).tolist()
