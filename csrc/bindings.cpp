@@ -3,6 +3,7 @@
 #include "misdirection_loss.h"
 #include "riemann_accumulate.h"
 #include "riemann_interpolate.h"
+#include "riemann_project.h"
 #ifdef MIPFAST_CUDA
 #include "riemann_accumulate_cuda.h"
 #endif
@@ -74,6 +75,19 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("act"), py::arg("dtype"), py::arg("alphas"), py::arg("names"), py::arg("out"),
       py::arg("steps"), py::arg("rows"), py::arg("neurons"), py::arg("names_per_row"));
+
+  m.def(
+      "riemann_project",
+      [](uintptr_t base, uintptr_t act, uintptr_t weight, Dtype dtype, uintptr_t alphas, uintptr_t names,
+         uintptr_t out, int64_t steps, int64_t rows, int64_t hidden, int64_t neurons, int64_t names_per_row) {
+        py::gil_scoped_release release;
+        mipfast::riemann_project(at<const void>(base), at<const void>(act), at<const void>(weight), dtype,
+                                 at<const float>(alphas), at<const int64_t>(names), at<void>(out), steps, rows,
+                                 hidden, neurons, names_per_row);
+      },
+      py::kw_only(), py::arg("base"), py::arg("act"), py::arg("weight"), py::arg("dtype"), py::arg("alphas"),
+      py::arg("names"), py::arg("out"), py::arg("steps"), py::arg("rows"), py::arg("hidden"), py::arg("neurons"),
+      py::arg("names_per_row"));
 
 #ifdef MIPFAST_CUDA
   m.def("cuda_trouble", &mipfast::cuda_trouble);

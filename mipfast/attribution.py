@@ -24,6 +24,7 @@ from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact, versions
 from mipfast.modes import held
 from mipfast.positions import TEXT_POSITIONS, VISION_POSITIONS, Batch, Labels, Positions, check_name, find_labels
+from mipfast.products import frozen_linears
 from mipfast.quadrature import quadrature
 from mipfast.released import joint_search, released_vision
 from mipfast.replay import plan
@@ -196,7 +197,7 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    with held(model):
+    with held(model), frozen_linears(model):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from mipfast import reference
 from mipfast.backend import KERNEL_DTYPES, backend, choose, load_extension
 from mipfast.errors import InputError
+from mipfast.products import linear
 
 __all__ = [
     "RiemannSums",
@@ -310,7 +311,8 @@ def _project_accumulate(grad_out, weight, weights, act, groups):
             grad_out, weight = grad_out.to(torch.float32), weight.to(torch.float32)
         num_groups = grad_out.shape[1] if groups is None else groups
         return launch(grad_out, weight, weights.to(torch.float32).contiguous(), act, num_groups)
-    grad, weights = grad_out.to(torch.float32) @ weight.to(torch.float32), weights.to(torch.float32).contiguous()
+    grad = linear(grad_out.to(torch.float32), weight.to(torch.float32).t())
+    weights = weights.to(torch.float32).contiguous()
     num_groups = grad.shape[1] if groups is None else groups
     return (_riemann_accumulate_cuda if name == "cuda" else _riemann_accumulate_cpp)(grad, weights, act, num_groups)
 
@@ -379,13 +381,36 @@ def _project(act, weight, alphas, neurons):
         from mipfast_kernels.riemann_project import riemann_project as launch
 
         return launch(act, weight, alphas.to(torch.float32).contiguous(), neurons)
-    base = act @ weight.t()
+    base = linear(act.detach(), weight.detach())
     if neurons is None:
         return (_riemann_interpolate_cpp if name == "cpp" else reference.riemann_interpolate)(base, alphas, None)
+    if name == "cpp":
+        return _riemann_project_cpp(base, act, weight, alphas, neurons)
     values = act.gather(1, neurons.clamp(min=0)).masked_fill(neurons < 0, 0)
     moving = (values[:, None] @ weight.t()[neurons.clamp(min=0)])[:, 0]
     steps = (alphas.to(torch.float32) - 1)[:, None, None]
     return (base + steps * moving).to(act.dtype)
+
+
+def _riemann_project_cpp(base, act, weight, alphas, neurons):
+    base, act, weight, neurons = base.contiguous(), act.contiguous(), weight.contiguous(), neurons.contiguous()
+    alphas = alphas.to(torch.float32).contiguous()
+    out = torch.empty(len(alphas), *base.shape, dtype=base.dtype)
+    load_extension().riemann_project(
+        base=base.data_ptr(),
+        act=act.data_ptr(),
+        weight=weight.data_ptr(),
+        dtype=_cpp_dtype(base),
+        alphas=alphas.data_ptr(),
+        names=neurons.data_ptr(),
+        out=out.data_ptr(),
+        steps=len(alphas),
+        rows=len(base),
+        hidden=base.shape[1],
+        neurons=act.shape[1],
+        names_per_row=neurons.shape[1],
+    )
+    return out
 
 
 _riemann_project = torch.library.custom_op(

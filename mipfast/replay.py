@@ -21,10 +21,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from mipfast.capture import Capture, base_model, label_states, removing, with_states
 from mipfast.positions import Labels, Rows, without_labels
@@ -210,7 +208,6 @@ class Replay:
                 patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
             if tangent is not None:
                 patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
-                patches.enter_context(_OneProduct())
                 values = forward_ad.make_dual(values, tangent)
                 if layer and self.tangents[-1] is not None:
                     hidden = forward_ad.make_dual(hidden, self.tangents[-1])
@@ -288,19 +285,6 @@ def _state_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs
     name = next(name for name in STATES if name in kwargs)
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
-
-
-class _OneProduct(TorchFunctionMode):
-    """A linear layer and its forward-mode derivative in one product, not two of half the rows."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.linear and not kwargs and len(args) > 1:
-            primal, tangent = forward_ad.unpack_dual(args[0])
-            if tangent is not None:
-                both = F.linear(torch.stack([primal, tangent]), args[1])
-                out = both[0] if len(args) < 3 or args[2] is None else both[0] + args[2]
-                return forward_ad.make_dual(out, both[1])
-        return func(*args, **(kwargs or {}))
 
 
 class _Reached(Exception):

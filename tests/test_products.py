@@ -1,0 +1,118 @@
+"""Products with frozen weights: float64 is the gold, and a model is left as it was found."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from accuracy import assert_accurate
+from tiny import text_batch, tiny_llama
+from torch import nn
+
+from mipfast import locate, products
+from mipfast.products import frozen_linears, linear
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+SHAPES = [(1, 1, 1), (3, 63, 1000), (123, 431, 17), (64, 512, 96)]  # rows, K, N
+by_onednn = pytest.mark.skipif(not products._faster(), reason="torch's own products are taken on this CPU")
+
+
+def tensors(rows, inner, outer, layout="plain"):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(size, generator=generator) for size in ((2 * rows, 2 * inner), (2 * outer, 2 * inner), (2 * outer,))
+    )
+    if layout == "strided":
+        return x[1::2, ::2], weight[::2, 1::2], bias[::2]
+    x, weight, bias = x[:rows, :inner].contiguous(), weight[:outer, :inner].contiguous(), bias[:outer].contiguous()
+    if layout == "transposed":
+        return x.t().contiguous().t(), weight.t().contiguous().t(), bias
+    if layout == "expanded":  # what a sum's gradient is
+        return x[:1, :1].expand(rows, inner), weight[:1].expand(outer, inner), bias[:1].expand(outer)
+    return x, weight, bias
+
+
+def gold(x, weight, bias):
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("layout", ["plain", "strided", "transposed", "expanded"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_value_and_gradient(shape, layout, with_bias):
+    x, weight, bias = tensors(*shape, layout)
+    bias = bias if with_bias else None
+    leaf = x.detach().requires_grad_()
+    found = linear(leaf, weight, bias)
+    assert_accurate(found, gold(x, weight, bias), F.linear(x, weight, bias))
+    d_out = torch.randn(found.shape[-1]).expand_as(found)
+    (gradient,) = torch.autograd.grad(found, leaf, d_out)
+    assert_accurate(gradient, d_out.double() @ weight.double(), d_out @ weight)
+
+
+def test_any_number_of_dimensions():
+    x, weight, bias = tensors(24, 33, 5)
+    assert linear(x.view(2, 3, 4, 33), weight, bias).equal(linear(x, weight, bias).view(2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
+def test_nothing(shape):
+    x, weight, bias = tensors(*shape)
+    leaf = x.requires_grad_()
+    found = linear(leaf, weight, bias)
+    assert found.equal(F.linear(x, weight, bias))
+    assert not torch.autograd.grad(found.sum(), leaf)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_forward_mode(dtype, with_bias):
+    x, weight, bias = (t.to(dtype) for t in tensors(6, 63, 17))
+    bias = bias if with_bias else None
+    moved = torch.randn_like(x)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, moved), weight, bias))
+    assert_accurate(found.primal, gold(x, weight, bias), F.linear(x, weight, bias))
+    assert_accurate(found.tangent, gold(moved, weight, None), F.linear(moved, weight))
+
+
+@by_onednn
+def test_onednn_can_be_refused():
+    def ran(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = call()
+        return result, "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+
+    args = tensors(8, 63, 17)
+    assert ran(lambda: linear(*args))[1]
+    with torch.backends.mkldnn.flags(enabled=False):
+        found, took = ran(lambda: linear(*args))
+        assert not took and found.equal(F.linear(*args))
+
+
+def test_a_model_is_left_as_it_was():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.ModuleDict(dict(plain=nn.Linear(3, 4), own=nn.Linear(3, 4), other=Doubled(3, 4)))
+    replaced = model["own"].forward = lambda input: input
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    x = torch.randn(5, 3)
+    with pytest.raises(KeyError), frozen_linears(model):
+        assert model["plain"](x).allclose(F.linear(x, model["plain"].weight, model["plain"].bias))
+        assert "forward" in vars(model["plain"]) and "forward" not in vars(model["other"])
+        assert model["own"].forward is replaced
+        raise KeyError
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_locate_by_either():
+    model = tiny_llama()
+    batch = text_batch(model, [9, 7], [3, 2])
+    found = locate(model, batch)
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = locate(model, batch)
+    scale = expected.scores.abs().amax(2, keepdim=True)
+    assert ((found.scores - expected.scores).abs() / scale).max() < 1e-5
+    assert found.path.equal(expected.path)
