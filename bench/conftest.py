@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("whole searches: baseline / ours")
     for row in rows:
         worse = row["ratio"] > row["floor"] if row["floor"] < 1 else row["ratio"] < row["floor"]
-        head = f"{row['name']:49}{row['ratio']:8.2f}   floor {row['floor']:5.4g}  target {row['target']:5.4g}"
+        head = f"{row['name']:66}{row['ratio']:8.2f}   floor {row['floor']:5.4g}  target {row['target']:5.4g}"
         terminalreporter.write_line(f"{head}  {'BELOW FLOOR  ' if worse else ''}{row['note']}")
     for axis, found in scaling.items():
         terminalreporter.write_line(f"seconds against {axis} {found['sizes']}: exponents {found['exponents']}")

@@ -6,7 +6,8 @@ per sample. Before a time is taken, the baseline must compute the released prese
 passes it is made of, and our default must compute what native replay does.
 
 A call measures residuals on its first batch, so a row of one batch pays for them; no baseline has any. Rows that end
-in "no residuals" are what each later batch costs.
+in "no residuals" are what each later batch costs, "torch's products" what it would cost by torch's float32 products,
+as the baselines multiply, on CPUs where `mipfast.products` has faster ones.
 
     python bench/test_bench_locate.py memory default|released      peak growth of this process, in bytes
 """
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,13 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_
 sys.path.insert(0, str(Path(__file__).parent))
 import released  # noqa: E402
 
-from mipfast import LocateConfig, chunks, locate  # noqa: E402
+from mipfast import LocateConfig, chunks, locate, products  # noqa: E402
 from mipfast.attribution import objective_value  # noqa: E402
 from mipfast.positions import find_labels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, WORDS = 4, 4000
-BARE = ", no residuals"
+BARE, PLAIN = ", no residuals", ", torch's products"
 # (floor, target) of every ratio; memory: our growth over the baseline's
 GOALS = {
     "released preset": (1.8, 2.2),
@@ -138,6 +140,16 @@ def seconds(call):
     return time.perf_counter() - start
 
 
+def plain(call):
+    """The call by torch's own products."""
+
+    def run():
+        with mock.patch.object(products, "_onednn", lambda: False):
+            return call()
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def text():
     return llama(), text_batch(56, 8)
@@ -181,7 +193,7 @@ def row(benchmark, pytestconfig):
     """row(name, ratio, note): for the table, the JSON and extra_info."""
 
     def add(name, ratio, note=""):
-        floor, target = GOALS[name.removesuffix(BARE)]
+        floor, target = GOALS[name.removesuffix(PLAIN).removesuffix(BARE)]
         entry = dict(name=name, ratio=round(ratio, 3), floor=floor, target=target, note=note, load=os.getloadavg()[0])
         pytestconfig.locate_rows.append(entry)
         benchmark.extra_info[name] = entry
@@ -253,18 +265,24 @@ def test_text(text, interleaved, row, monkeypatch):
             "released": lambda: released.released_igi(model, batch),
             "frozen": lambda: released.released_igi(model, batch, frozen=True),
             "preset": lambda: locate(model, batch, preset),
+            "plain preset": plain(lambda: locate(model, batch, preset)),
             "four": lambda: locate(model, four),
             "four bare": lambda: locate(model, four, residuals="none"),
+            "four plain": plain(lambda: locate(model, four, residuals="none")),
             "bare": lambda: locate(model, batch, residuals="none"),
+            "plain": plain(lambda: locate(model, batch, residuals="none")),
             "default": lambda: locate(model, batch),
         }
     )
     for name, ours in (
         ("released preset", took["preset"]),
+        ("released preset" + PLAIN, took["plain preset"]),
         ("default, one sample", took["default"]),
         ("default, one sample" + BARE, took["bare"]),
+        ("default, one sample" + BARE + PLAIN, took["plain"]),
         ("default, 4 samples per batch", took["four"] / 4),
         ("default, 4 samples per batch" + BARE, took["four bare"] / 4),
+        ("default, 4 samples per batch" + BARE + PLAIN, took["four plain"] / 4),
     ):
         frozen = took["frozen"] / ours
         row(name, took["released"] / ours, f"{took['released']:.2f} s / {ours:.3f} s; frozen {frozen:.2f}x")
@@ -294,13 +312,15 @@ def against_a_long_one(interleaved, row, name, model, batch, steps, note=""):
         {
             "released": lambda: released.released_igi(model, batch, steps=steps),
             "bare": lambda: [locate(model, batch, residuals="none") for _ in range(3)],
+            "plain": plain(lambda: [locate(model, batch, residuals="none") for _ in range(3)]),
             "default": lambda: locate(model, batch),
         },
         rounds=1,
         repeats=3,
     )
     took["bare"] /= 3
-    for kind, key in (("", "default"), (BARE, "bare")):
+    took["plain"] /= 3
+    for kind, key in (("", "default"), (BARE, "bare"), (BARE + PLAIN, "plain")):
         row(name + kind, took["released"] / took[key], f"{took['released']:.1f} s / {took[key]:.3f} s{note}")
 
 
@@ -316,15 +336,19 @@ def test_vision(vision, interleaved, row, monkeypatch):
             "released": lambda: released.released_ifi(model, batch),
             "left": lambda: locate(model, batch, **left),
             "left bare": lambda: locate(model, batch, residuals="none", **left),
+            "left plain": plain(lambda: locate(model, batch, residuals="none", **left)),
             "bare": lambda: locate(model, batch, modality="vision", residuals="none"),
+            "plain": plain(lambda: locate(model, batch, modality="vision", residuals="none")),
             "default": lambda: locate(model, batch, modality="vision"),
         }
     )
     for name, key in (
         ("IFI, 4 left steps both", "left"),
         ("IFI, 4 left steps both" + BARE, "left bare"),
+        ("IFI, 4 left steps both" + BARE + PLAIN, "left plain"),
         ("IFI default", "default"),
         ("IFI default" + BARE, "bare"),
+        ("IFI default" + BARE + PLAIN, "plain"),
     ):
         row(name, took["released"] / took[key], f"{took['released']:.2f} s / {took[key]:.3f} s")
 
@@ -334,7 +358,8 @@ def test_captum(text, interleaved, row, method):
     """All positions, no path, 4 nodes. Zero embeddings are zero activations in a Llama without biases.
 
     Captum runs two forward passes of one row beside the nodes', and every block of every pass forward; we run the
-    blocks behind the layer. That leaves 2.4 at most with Gauss nodes, and more with a rule that ends on alpha = 1."""
+    blocks behind the layer. By equal products that leaves 2.4 at most with Gauss nodes, and more with a rule that ends
+    on alpha = 1."""
     attr = pytest.importorskip("captum.attr", reason="captum is not installed")
     model, batch = text
     labels = find_labels(batch)
@@ -358,8 +383,9 @@ def test_captum(text, interleaved, row, method):
         return locate(model, batch, positions="all", search="pointwise", method=method, residuals=residuals)
 
     assert_same(ours(), (captum(), None), 1e-4, path=False)
-    took = interleaved({"captum": captum, "bare": lambda: ours("none"), "default": ours})
-    for name, key in (("", "default"), (BARE, "bare")):
+    bare = lambda: ours("none")  # noqa: E731
+    took = interleaved({"captum": captum, "bare": bare, "plain": plain(bare), "default": ours})
+    for name, key in (("", "default"), (BARE, "bare"), (BARE + PLAIN, "plain")):
         row(
             f"Captum pointwise, {method}" + name,
             took["captum"] / took[key],
