@@ -4,6 +4,7 @@ Shapes and formulas are in `mipfast.reference`, whose signatures these functions
 InputError for tensors that do not fit together.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ __all__ = [
 
 def _check(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None):
     """Floating point, `shape` (None = any size) and, with `like`, on its device."""
-    found = tuple(tensor.shape)
-    if len(found) != len(shape) or any(w not in (None, f) for w, f in zip(shape, found, strict=True)):
+    found = tensor.shape
+    if len(found) != len(shape) or any([w not in (None, f) for w, f in zip(shape, found, strict=True)]):
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise InputError(f"{op}: {name} has shape {list(found)}, expected [{expected}]")
     if not tensor.dtype.is_floating_point:
@@ -57,15 +58,17 @@ def _check_groups(op: str, groups: int | None, rows: int) -> None:
         raise InputError(f"{op}: groups={groups} does not divide the {rows} rows into equal groups")
 
 
-def _untraced(*tensors: Tensor | None) -> bool:
-    """Whether a call may go past torch.library: plain tensors, nobody compiling. Its dispatch costs 15 us, and more
-    where the caches have been flushed: misdirection_loss of 64 x 2048 was 1.3x eager with it and is 2.3x without."""
-    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, Parameter) for t in tensors if t is not None)
-
-
-def _constant(*tensors: Tensor) -> bool:
-    """Whether nobody differentiates by any of them."""
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def _untraced(*tensors: Tensor | None, constant: bool = False) -> bool:
+    """Whether a call may go past torch.library: plain tensors, nobody compiling and, with constant, nobody
+    differentiating. Its dispatch costs 15 us, and more where the caches have been flushed: misdirection_loss of
+    64 x 2048 was 1.3x eager with it and is 2.3x without."""
+    if torch.compiler.is_compiling():
+        return False
+    traced = constant and torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) not in (Tensor, Parameter) or (traced and t.requires_grad)):
+            return False
+    return True
 
 
 def riemann_interpolate(act: Tensor, alphas: Tensor, neurons: Tensor | None = None) -> Tensor:
@@ -77,7 +80,7 @@ def riemann_interpolate(act: Tensor, alphas: Tensor, neurons: Tensor | None = No
     _check("riemann_interpolate", "alphas", alphas, (None,), like=act)
     if neurons is not None:
         _check_neurons("riemann_interpolate", neurons, act)
-    if _untraced(act, alphas, neurons) and _constant(act, alphas):
+    if _untraced(act, alphas, neurons, constant=True):
         return _interpolate(act, alphas, neurons)
     return _riemann_interpolate(act, alphas, neurons)
 
@@ -109,7 +112,7 @@ def _riemann_interpolate_cpp(act, alphas, neurons):
     out = torch.empty(len(alphas), *act.shape, dtype=act.dtype)
     load_extension().riemann_interpolate(
         act=act.data_ptr(),
-        dtype=_cpp_dtype(act),
+        dtype=_cpp_dtype(act.dtype),
         alphas=alphas.data_ptr(),
         names=0 if neurons is None else neurons.data_ptr(),
         out=out.data_ptr(),
@@ -225,10 +228,10 @@ def _accumulate_arguments(grad, weights, act, s1, s2):
     groups = s1.shape[-2]
     return dict(
         grad=grad.data_ptr(),
-        grad_dtype=_cpp_dtype(grad),
+        grad_dtype=_cpp_dtype(grad.dtype),
         weights=weights.data_ptr(),
         act=0 if act is None else act.data_ptr(),
-        act_dtype=_cpp_dtype(grad if act is None else act),
+        act_dtype=_cpp_dtype((grad if act is None else act).dtype),
         s1=s1.data_ptr(),
         s2=s2.data_ptr(),
         steps=steps,
@@ -238,8 +241,9 @@ def _accumulate_arguments(grad, weights, act, s1, s2):
     )
 
 
-def _cpp_dtype(tensor):
-    return getattr(load_extension().Dtype, str(tensor.dtype).removeprefix("torch."))
+@functools.cache
+def _cpp_dtype(dtype):
+    return getattr(load_extension().Dtype, str(dtype).removeprefix("torch."))
 
 
 @_riemann_accumulate.register_fake
@@ -357,7 +361,7 @@ def riemann_project(
         raise InputError(f"{op}: weight is {weight.dtype}, expected act's {act.dtype}; convert one of them")
     if neurons is not None:
         _check_neurons(op, neurons, act)
-    direct = _untraced(act, weight, alphas, neurons) and _constant(act, weight, alphas)
+    direct = _untraced(act, weight, alphas, neurons, constant=True)
     out = (_project if direct else _riemann_project)(act, weight, alphas, neurons)
     if sums is not None:
         _check(op, "sums.weights", sums.weights, (len(alphas),), like=act)
@@ -381,7 +385,7 @@ def _project(act, weight, alphas, neurons):
         from mipfast_kernels.riemann_project import riemann_project as launch
 
         return launch(act, weight, alphas.to(torch.float32).contiguous(), neurons)
-    base = linear(act.detach(), weight.detach())
+    base = linear(act, weight)
     if neurons is None:
         return (_riemann_interpolate_cpp if name == "cpp" else reference.riemann_interpolate)(base, alphas, None)
     if name == "cpp":
@@ -400,7 +404,7 @@ def _riemann_project_cpp(base, act, weight, alphas, neurons):
         base=base.data_ptr(),
         act=act.data_ptr(),
         weight=weight.data_ptr(),
-        dtype=_cpp_dtype(base),
+        dtype=_cpp_dtype(base.dtype),
         alphas=alphas.data_ptr(),
         names=neurons.data_ptr(),
         out=out.data_ptr(),
@@ -525,9 +529,9 @@ def _loss_inputs_cpp(hidden, target, mask):
 def _loss_arguments_cpp(hidden, target, kept):
     return dict(
         hidden=hidden.data_ptr(),
-        hidden_dtype=_cpp_dtype(hidden),
+        hidden_dtype=_cpp_dtype(hidden.dtype),
         target=target.data_ptr(),
-        target_dtype=_cpp_dtype(target),
+        target_dtype=_cpp_dtype(target.dtype),
         one_target=target.dim() == 1,
         kept=0 if kept is None else kept.data_ptr(),
         rows=hidden.shape[0],
