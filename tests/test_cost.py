@@ -118,6 +118,9 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        elif str(func._overloadpacket) == "mkldnn._linear_pointwise":  # torch has no formula for it
+            x, weight = args[:2]
+            self.flops += 2 * x.numel() * len(weight)
         return out
 
 
