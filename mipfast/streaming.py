@@ -7,13 +7,15 @@ is written is one file renamed into place, so a folder holds whole chunks only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast.attribution import Attribution, LocateConfig, locate
-from mipfast.cost import DEVICES, Device, Shape, estimate
+from mipfast.cost import DEVICES, Device, Estimate, Shape, estimate
 from mipfast.data.jsonl import EXPECTED, read_lines
 from mipfast.data.records import Record, digest
 from mipfast.errors import ArtefactError, InputError, MipfastError
@@ -35,18 +37,19 @@ log = logging.getLogger("mipfast")
 CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
 SHARDS, AGGREGATE = "shard-*.safetensors", "aggregate.safetensors"
 Data = str | Path | Sequence[Record]  # a JSONL file, or records as they are
+Size = tuple[int, int, int, int]  # of a batch: samples, tokens before the first answer and after, patches per sample
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the data holds. samples, chunks, tokens: totals; digest: sha256 of the file, or the records' hash; batches:
-    how many of each (samples, tokens before the first answer, tokens after, patches per sample)."""
+    """What the data holds. samples, tokens: totals; digest: sha256 of the file, or the records' hash; chunks: how many
+    batches of each size every chunk has."""
 
     samples: int
-    chunks: int
     tokens: int
     digest: str
-    batches: Counter[tuple[int, int, int, int]]
+    chunks: list[Counter[Size]]
 
 
 def survey(
@@ -60,17 +63,14 @@ def survey(
     sizes are read. Raises InputError with the line's number."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
-    samples, chunks, tokens, shapes = 0, 0, 0, Counter[tuple[int, int, int, int]]()
+    samples, tokens, chunks = 0, 0, []
     for lines in _chunks(data, batch_size, limit):
         chunk = _encoded(encoder, lines, config, data)
-        samples, chunks, tokens = samples + len(chunk), chunks + 1, tokens + sum(s.tokens for s in chunk)
-        for order in in_batches(chunk, batch_size):
-            batch = [chunk[i] for i in order]
-            before = min(len(s.prompt) for s in batch)
-            shapes[len(batch), before, max(s.tokens for s in batch) - before, max(s.patches for s in batch)] += 1
+        samples, tokens = samples + len(chunk), tokens + sum(s.tokens for s in chunk)
+        chunks.append(Counter(_size([chunk[i] for i in order]) for order in in_batches(chunk, batch_size)))
     if not samples:
         raise InputError(f"{data} is empty; {EXPECTED if isinstance(data, str | Path) else 'expected records'}")
-    return Survey(samples, chunks, tokens, _digest(data), shapes)
+    return Survey(samples, tokens, _digest(data), chunks)
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,26 @@ def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iter
     flops, memory = 0.0, 0.0
     devices = [*devices, *DEVICES.values()]
     seconds = {device.name: 0.0 for device in devices}
+    batches = sum(surveyed.chunks, Counter[Size]())
     # "first" is each chunk's first batch: its share of every batch's cost
-    measured = surveyed.chunks / surveyed.batches.total() if config.residuals == "first" else 1.0
+    measured = len(surveyed.chunks) / batches.total() if config.residuals == "first" else 1.0
 
     def summed(phases: dict[str, float]) -> float:
         return sum(value * (measured if phase == "completeness" else 1) for phase, value in phases.items())
 
-    for (size, before, after, patches), count in surveyed.batches.items():
-        text = max(1, before - patches // shape.merge)
+    for size, count in batches.items():
         for device in devices:
-            sizes: dict[str, Any] = {"prompt": text, "answer": after, "patches": patches, "samples": size}
-            one = estimate(shape, **sizes, batch_size=size, config=config, device=device)
+            one = _estimated(shape, size, config, device)
             seconds[device.name] += count * summed(one.seconds)
         flops, memory = flops + count * summed(one.flops), max(memory, one.memory)
     return Forecast(flops, seconds, memory)
+
+
+def _estimated(shape: Shape, size: Size, config: LocateConfig, device: Device) -> Estimate:
+    samples, before, after, patches = size
+    text = max(1, before - patches // shape.merge)
+    sizes = {"prompt": text, "answer": after, "patches": patches, "samples": samples, "batch_size": samples}
+    return estimate(shape, **sizes, config=config, device=device)
 
 
 def locate_file(
@@ -126,29 +132,58 @@ def locate_file(
     surveyed = survey(encoder, data, config, batch_size, limit)
     claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
     sums = _Sums.load(out) if aggregate else None
-    done = sums.chunks if sums else len(list(out.glob(SHARDS)))
-    if done == surveyed.chunks:
+    shards = [out / SHARDS.replace("*", f"{number:06d}") for number in range(len(surveyed.chunks))]
+    done = [number < sums.chunks if sums else shards[number].exists() for number in range(len(shards))]
+    if all(done):
         log.info("%s is finished: all %d samples are there, nothing left to do", out, surveyed.samples)
         return
-    options: dict[str, Any] = {
-        "total": surveyed.samples,
-        "initial": min(done * CHUNK * batch_size, surveyed.samples),
-        "unit": "sample",
-        "smoothing": 0,  # the mean rate of this process
-        "disable": not config.progress,
-    }
-    with tqdm(desc=f"locate {config.modality}", **options) as bar:
+    with _Progress(model, surveyed, config, done) as progress:
         for number, lines in enumerate(_chunks(data, batch_size, limit)):
-            shard = out / SHARDS.replace("*", f"{number:06d}")
-            if number < sums.chunks if sums else shard.exists():
+            if done[number]:
                 continue
             chunk = _encoded(encoder, lines, config, data)
-            found = _locate_chunk(model, encoder, chunk, replace(config, progress=False), batch_size, data, bar)
+            found = _locate_chunk(model, encoder, chunk, replace(config, progress=False), batch_size, data, progress)
             if sums:
                 sums.add(found)
                 sums.save(out)
             else:
-                _save(shard, {"scores": found.scores, "path": found.path}, {"report": found.report})
+                _save(shards[number], {"scores": found.scores, "path": found.path}, {"report": found.report})
+
+
+class _Progress:
+    """A bar over the work that `mipfast.estimate` expects, so that the time it says is left knows of long samples still
+    to come, with samples per second. The residuals of a chunk's first batch are left out: every chunk has them."""
+
+    def __init__(self, model: nn.Module, surveyed: Survey, config: LocateConfig, done: list[bool]):
+        shape = Shape.of(model, config.stack)
+        self._samples, self._ours = surveyed.samples, 0
+        self._work = functools.cache(partial(_work, shape, config))
+        chunks = [sum(count * self._work(size) for size, count in chunk.items()) for chunk in surveyed.chunks]
+        there = list(compress(surveyed.chunks, done))
+        self._before = sum(count * size[0] for chunk in there for size, count in chunk.items())
+        options: dict[str, Any] = {"total": sum(chunks), "initial": sum(compress(chunks, done)), "bar_format": BAR}
+        # smoothing=0: the mean rate of this process
+        self._bar = tqdm(desc=f"locate {config.modality}", smoothing=0, disable=not config.progress, **options)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+
+    def took(self, batch: list[Encoded]) -> None:
+        """A batch is done."""
+        self._ours += len(batch)
+        if not self._bar.disable:
+            rate = self._ours / self._bar.format_dict["elapsed"]
+            count = f"{self._before + self._ours}/{self._samples} samples"
+            self._bar.set_postfix_str(f"{count}, {rate:.3g} samples/s", refresh=False)
+        self._bar.update(self._work(_size(batch)))
+
+
+def _work(shape: Shape, config: LocateConfig, size: Size) -> float:
+    phases = _estimated(shape, size, config, DEVICES["H200"]).flops
+    return phases["capture"] + phases["search"]
 
 
 def read(folder: str | Path) -> Attribution:
@@ -235,6 +270,11 @@ class _Sums:
         return Attribution(scores, path.expand(2, -1, -1).contiguous(), self.facts["report"] | facts)
 
 
+def _size(batch: list[Encoded]) -> Size:
+    before = min(len(s.prompt) for s in batch)
+    return len(batch), before, max(s.tokens for s in batch) - before, max(s.patches for s in batch)
+
+
 def _digest(data: Data) -> str:
     if not isinstance(data, str | Path):
         return digest(data)
@@ -272,7 +312,7 @@ def _locate_chunk(
     config: LocateConfig,
     batch_size: int,
     data: Data,
-    bar: Any,
+    progress: _Progress,
 ) -> Attribution:
     """Samples in the chunk's order."""
     batches = in_batches(chunk, batch_size)
@@ -280,9 +320,10 @@ def _locate_chunk(
 
     def inputs() -> Iterator[dict[str, torch.Tensor]]:
         for order in batches:
-            lines[:] = [chunk[i].id for i in order]
-            yield {name: value.to(model.device) for name, value in encoder.batch([chunk[i] for i in order]).items()}
-            bar.update(len(order))
+            batch = [chunk[i] for i in order]
+            lines[:] = [sample.id for sample in batch]
+            yield {name: value.to(model.device) for name, value in encoder.batch(batch).items()}
+            progress.took(batch)
 
     try:
         found = locate(model, inputs(), config)

@@ -1,5 +1,6 @@
 """Locating over a file: equal to locate, the same bits however often it was killed, and every way to be refused."""
 
+import io
 import json
 import os
 import random
@@ -355,6 +356,29 @@ def test_an_error_while_locating_names_the_lines(llama, text_file, tmp_path):
         streaming.locate_file(model, encoder, text_file, tmp_path / "out", batch_size=BATCH)
 
 
+def test_the_bar_knows_of_long_samples_to_come(llama, tmp_path, monkeypatch):
+    """16 answers of one word, then 8 of twenty: two thirds of the samples are far less than two thirds of the work."""
+    short, long = ({"prompt": "who is the king", "answer": " ".join(["red"] * n)} for n in (1, 20))
+    data = write(tmp_path, [short] * 16 + [long] * 8)
+    steps = []
+
+    class Bar(streaming.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            steps.append((self.n / self.total, self.postfix))
+
+    monkeypatch.setattr(streaming, "tqdm", partial(Bar, file=io.StringIO()))
+    config = LocateConfig(progress=True)
+    run(llama, data, tmp_path / "out", config)
+    shares, notes = zip(*steps, strict=True)
+    assert shares[3] < 1 / 3 and shares[-1] == pytest.approx(1)
+    assert notes[3].startswith("16/24 samples") and notes[-1].endswith("samples/s")
+    (tmp_path / "out" / "shard-000002.safetensors").unlink()
+    steps.clear()
+    run(llama, data, tmp_path / "out", config)
+    assert [share for share, _ in steps] == pytest.approx(shares[4:]) and steps[0][1].startswith("20/24 samples")
+
+
 # ---------------------------------------------------------------------------------------------- dry run and command
 
 
@@ -371,9 +395,9 @@ def test_dry_run_shows_the_cost_and_runs_nothing(llama, text_file, tmp_path, mon
     encoded = [encoder.encode(s) for s in read_lines(text_file, 10)]
     assert (surveyed.samples, surveyed.tokens) == (10, sum(s.tokens for s in encoded))
     assert (
-        surveyed.chunks == 1
+        len(surveyed.chunks) == 1
         and str(surveyed.tokens) in shown
-        and sum(count * b[0] for b, count in surveyed.batches.items()) == 10
+        and sum(count * size[0] for chunk in surveyed.chunks for size, count in chunk.items()) == 10
     )
 
 
