@@ -23,7 +23,7 @@ from mipfast import ops, reference  # noqa: E402
 
 def pytest_addoption(parser):
     group = parser.getgroup("locate")
-    group.addoption("--locate-full", action="store_true", help="3 rounds, not 1, and the baselines of a minute too")
+    group.addoption("--locate-full", action="store_true", help="5 rounds, not 1, and the baselines of a minute too")
     group.addoption("--locate-json", type=Path, help="write their ratios here")
     group.addoption("--locate-scaling", type=Path, metavar="PNG", help="measure how cost scales too, and draw it here")
 

@@ -1,6 +1,6 @@
 """Whole searches against the released code (`released.py`) and Captum, on random weights.
 
-One process, interleaved, medians of 3 rounds with --locate-full, else one round. On a CPU the clock is this process's
+One process, interleaved, medians of 5 rounds with --locate-full, else one round. On a CPU the clock is this process's
 CPU time: a busy machine stretches the wall clock of either side at will. A ratio is the baseline's seconds over ours,
 per sample. Before a time is taken, the baseline must compute the released preset's scores and cost no more than the
 passes it is made of, and our default must compute what native replay does.
@@ -9,7 +9,7 @@ A call measures residuals on its first batch, so a row of one batch pays for the
 in "no residuals" are what each later batch costs, "torch's products" what it would cost by torch's float32 products,
 as the baselines multiply, on CPUs where `mipfast.products` has faster ones.
 
-    python bench/test_bench_locate.py memory default|released      peak growth of this process, in bytes
+    python bench/test_bench_locate.py memory text|vision ours|released      peak growth of this process, in bytes
 """
 
 import json
@@ -48,7 +48,8 @@ GOALS = {
     "IFI default": (4, 5.2),
     "Captum pointwise, gausslegendre": (2.4, 4),
     "Captum pointwise, riemann_right": (2.4, 4),
-    "memory growth": (1 / 4, 1 / 8),
+    "memory growth, text": (1 / 4, 1 / 8),
+    "memory growth, vision": (1 / 4, 1 / 8),
 }
 
 
@@ -162,10 +163,9 @@ def vision():
 
 @pytest.fixture
 def interleaved(benchmark, pytestconfig):
-    """interleaved(calls, rounds=, repeats=): median seconds of every call. The benchmark's own row is the last call's;
-    it alone is repeated, where the others are too long for more rounds."""
+    """interleaved(calls): median seconds of every call. The benchmark's own row is the last call's."""
 
-    def run(calls, rounds=None, repeats=1):
+    def run(calls):
         taken = defaultdict(list)
         *others, ours = calls
 
@@ -176,11 +176,8 @@ def interleaved(benchmark, pytestconfig):
             for name in others:
                 clock(name)
 
-        def timed():
-            for _ in range(repeats):
-                clock(ours)
-
-        benchmark.pedantic(timed, setup=setup, rounds=rounds or (3 if pytestconfig.getoption("locate_full") else 1))
+        rounds = 5 if pytestconfig.getoption("locate_full") else 1
+        benchmark.pedantic(clock, args=(ours,), setup=setup, rounds=rounds)
         medians = {name: statistics.median(times) for name, times in taken.items()}
         benchmark.extra_info["seconds"] = {name: [round(t, 4) for t in times] for name, times in taken.items()}
         return medians
@@ -307,19 +304,15 @@ def test_long_prompt(text, interleaved, row, skip_long, monkeypatch):
 
 
 def against_a_long_one(interleaved, row, name, model, batch, steps, note=""):
-    """Rows of our default, three times as often as a baseline that takes half a minute."""
+    """Rows of our default against a baseline that takes half a minute."""
     took = interleaved(
         {
             "released": lambda: released.released_igi(model, batch, steps=steps),
-            "bare": lambda: [locate(model, batch, residuals="none") for _ in range(3)],
-            "plain": plain(lambda: [locate(model, batch, residuals="none") for _ in range(3)]),
+            "bare": lambda: locate(model, batch, residuals="none"),
+            "plain": plain(lambda: locate(model, batch, residuals="none")),
             "default": lambda: locate(model, batch),
-        },
-        rounds=1,
-        repeats=3,
+        }
     )
-    took["bare"] /= 3
-    took["plain"] /= 3
     for kind, key in (("", "default"), (BARE, "bare"), (BARE + PLAIN, "plain")):
         row(name + kind, took["released"] / took[key], f"{took['released']:.1f} s / {took[key]:.3f} s{note}")
 
@@ -394,21 +387,23 @@ def test_captum(text, interleaved, row, method):
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's peak RSS")
-def test_memory(benchmark, row):
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_memory(modality, benchmark, row):
     def grown(which):
-        command = [sys.executable, __file__, "memory", which]
+        command = [sys.executable, __file__, "memory", modality, which]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
-    base, ours = grown("released"), benchmark.pedantic(grown, args=("default",), rounds=1)
-    row("memory growth", ours / base, f"{ours / 2**20:.0f} MiB / {base / 2**20:.0f} MiB")
+    base, ours = grown("released"), benchmark.pedantic(grown, args=("ours",), rounds=1)
+    row(f"memory growth, {modality}", ours / base, f"{ours / 2**20:.0f} MiB / {base / 2**20:.0f} MiB")
 
 
-def memory(which):
+def memory(modality, which):
     """Peak resident bytes beyond a model that has run once."""
     torch.set_num_threads(1)
-    model, batch = llama(), text_batch(56, 8)
+    model, batch = (llama(), text_batch(56, 8)) if modality == "text" else (qwen_vl(), image_batch())
+    baseline = released.released_igi if modality == "text" else released.released_ifi
     with torch.no_grad():
-        model(batch["input_ids"])
+        model(**{name: value for name, value in batch.items() if name != "labels"})
 
     def resident(field):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -416,7 +411,7 @@ def memory(which):
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     before = resident("VmRSS")
-    released.released_igi(model, batch) if which == "released" else locate(model, batch)
+    baseline(model, batch) if which == "released" else locate(model, batch, modality=modality)
     return resident("VmHWM") - before
 
 
@@ -463,4 +458,4 @@ def _slope(sizes, times):
 if __name__ == "__main__":
     if sys.argv[1:2] != ["memory"]:
         sys.exit(__doc__)
-    print(json.dumps(memory(sys.argv[2])))
+    print(json.dumps(memory(*sys.argv[2:])))

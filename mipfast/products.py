@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., K], weight [N, K] of any strides, bias [N] -> [..., N]. Differentiable in x alone, in reverse
     and in forward mode.
 
-    On a CPU with AVX-512, float32 products are oneDNN's: torch leaves them to MKL, which takes AVX2 where the CPU is
-    not Intel's (512 -> 1536 on an AMD EPYC: 97 GFLOP/s at 32 rows, oneDNN 186; at 256 rows 109 and 248). oneDNN
+    On a CPU with AVX-512 that is not Intel's, float32 products are oneDNN's: torch leaves them to MKL, which takes AVX2
+    there (512 -> 1536 on an AMD EPYC: 97 GFLOP/s at 32 rows, oneDNN 186; at 256 rows 109 and 248). oneDNN
     compiles for each shape (.3 ms) and keeps .5 to 1 MB for each of the last 1024."""
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None:  # one product, not two of half the rows
@@ -56,8 +57,12 @@ def _onednn() -> bool:
 
 @functools.cache
 def _faster() -> bool:
-    """Whether this torch has oneDNN's product, and on a CPU where it is the faster one."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this torch has oneDNN's product, and on a CPU where it is the faster one. (On Intel's own MKL takes
+    AVX-512 too, and nobody has measured which is.)"""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "GenuineIntel" not in cpu.read_text()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
