@@ -2,8 +2,9 @@
 
     python bench/profile_ops.py
 
-On paper, FLOPs and bytes at the shapes of Qwen2.5-VL-3B and 7B; measured, torch.profiler on the scaled-down models of
-test_bench_locate.py; and locate's seconds with each of our kernels replaced by its reference, interleaved.
+On paper, FLOPs and bytes at the shapes of Qwen2.5-VL-3B and 7B, and hours and memory up to 72B; measured,
+torch.profiler on the scaled-down models of test_bench_locate.py; and locate's seconds with each of our kernels replaced
+by its reference, interleaved.
 """
 
 import statistics
@@ -30,7 +31,10 @@ OPS = ("riemann_interpolate", "riemann_accumulate", "project_accumulate", "riema
 MODELS = {
     "Qwen2.5-VL-3B": (2048, 11008, 36, 16, 2, 151936),
     "Qwen2.5-VL-7B": (3584, 18944, 28, 28, 4, 152064),
+    "Qwen2.5-VL-32B": (5120, 27648, 64, 40, 8, 152064),
+    "Qwen2.5-VL-72B": (8192, 29568, 80, 64, 8, 152064),
 }
+PROFILED = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
 PROMPT, ANSWER, PATCHES = 256, 16, 1024
 ROUNDS = 5
 
@@ -86,7 +90,7 @@ def on_paper(name):
 
 
 def print_on_paper():
-    for name in MODELS:
+    for name in PROFILED:
         text = shape(name).text
         ffn = 3 * text.hidden * text.neurons / text.block
         print(f"\n{name}: a text block's products are {ffn:.0%} FFN, {1 - ffn:.0%} attention projections\n")
@@ -95,6 +99,45 @@ def print_on_paper():
             whole = rows[-1][3]
             for part, flops, moved, ms in rows:
                 print(f"| {part} | {flops / 1e9:.1f} | {moved / 1e9:.2f} | {ms:.3g} | {ms / whole:.2%} |")
+
+
+# ------------------------------------------------------------------------------------------------- hours and memory
+
+SAMPLES, BATCH = 1000, 32
+# text: a prompt of 104 tokens, 24 labels; vision: 35 tokens around a picture of 1024 patches, 24 labels
+SIZES = {"text": dict(prompt=104, answer=24), "vision": dict(prompt=35, answer=24, patches=1024)}
+
+
+def released_seconds(model, modality, prompt, answer, patches=0, steps=4):
+    """The floor of the released procedure on an H200, one sample: per layer forward, input and weight gradients of
+    `steps` whole copies, the head over every token. All of it at the matmul rate, which its 512 rows reach."""
+    text, vision, tokens = model.text, model.vision, prompt + answer + patches // model.merge
+    products = tokens * (text.layers * (text.block + 2 * tokens * text.hidden) + model.head)
+    if patches:
+        products += vision.layers * patches * (vision.block + 2 * patches * vision.hidden)
+    layers = vision.layers if modality == "vision" else text.layers
+    return layers * steps * 3 * 2 * products / DEVICES["H200"].flops
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def print_hours():
+    print("\n| | weights | text: ours | released | memory | vision: ours | released | memory |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name in MODELS:
+        model = shape(name)
+        weights = model.weights * model.element_size / 1e9
+        cells = [name, f"{weights:.0f} GB"]
+        for modality, sizes in SIZES.items():
+            config = LocateConfig(modality=modality)
+            ours = estimate(model, **sizes, samples=SAMPLES, batch_size=BATCH, config=config)
+            one = estimate(model, **sizes, config=config)
+            plain = SAMPLES * released_seconds(model, modality, **sizes)
+            memory = f"{one.memory / 1e9:.0f} to {ours.memory / 1e9:.0f} GB"
+            cells += [duration(sum(ours.seconds.values())), duration(plain), memory]
+        print(f"| {' | '.join(cells)} |")
 
 
 # --------------------------------------------------------------------------------------------------------- measured
@@ -247,6 +290,8 @@ def main():
     torch.set_num_threads(1)
     print("## On paper")
     print_on_paper()
+    print("\n## Hours and memory, 3B to 72B")
+    print_hours()
     language, multimodal = llama(), qwen_vl()
     text, image = text_batch(56, 8), image_batch()
     path = NeuronPath.select(locate(language, text), 0.1)
