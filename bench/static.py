@@ -29,6 +29,7 @@ from mipfast_kernels.project_accumulate import TILES, fused
 from mipfast_kernels.riemann_accumulate import riemann_accumulate
 from mipfast_kernels.riemann_interpolate import riemann_interpolate
 from mipfast_kernels.riemann_project import riemann_project
+from mipfast_kernels.swiglu import swiglu, swiglu_gradients
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -95,6 +96,8 @@ def cases(arch):
         yield f"{name}, all", lambda a=act, w=weight: riemann_project(a, w, steps, None)
         yield f"{name}, masked", lambda h=hidden, k=kept: misdirection_loss(h, h[0], k)
         yield f"{name}, masked", lambda h=hidden, k=kept: misdirection_gradient(h, h[0], k, tensor())
+        yield name, lambda a=act: swiglu(a, a)
+        yield name, lambda a=act: swiglu_gradients(a, a, a)
 
 
 def fused_by(arch, tile, *args):

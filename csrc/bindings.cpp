@@ -4,6 +4,7 @@
 #include "riemann_accumulate.h"
 #include "riemann_interpolate.h"
 #include "riemann_project.h"
+#include "swiglu.h"
 #ifdef MIPFAST_CUDA
 #include "riemann_accumulate_cuda.h"
 #endif
@@ -88,6 +89,25 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("base"), py::arg("act"), py::arg("weight"), py::arg("dtype"), py::arg("alphas"),
       py::arg("names"), py::arg("out"), py::arg("steps"), py::arg("rows"), py::arg("hidden"), py::arg("neurons"),
       py::arg("names_per_row"));
+
+  m.def(
+      "swiglu",
+      [](uintptr_t gate, uintptr_t up, Dtype dtype, uintptr_t out, int64_t size) {
+        py::gil_scoped_release release;
+        mipfast::swiglu(at<const void>(gate), at<const void>(up), dtype, at<void>(out), size);
+      },
+      py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("out"), py::arg("size"));
+
+  m.def(
+      "swiglu_gradients",
+      [](uintptr_t d_out, uintptr_t gate, uintptr_t up, Dtype dtype, uintptr_t d_gate, uintptr_t d_up,
+         int64_t size) {
+        py::gil_scoped_release release;
+        mipfast::swiglu_gradients(at<const void>(d_out), at<const void>(gate), at<const void>(up), dtype,
+                                  at<void>(d_gate), at<void>(d_up), size);
+      },
+      py::kw_only(), py::arg("d_out"), py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("d_gate"),
+      py::arg("d_up"), py::arg("size"));
 
 #ifdef MIPFAST_CUDA
   m.def("cuda_trouble", &mipfast::cuda_trouble);

@@ -21,6 +21,7 @@ from mipfast import memory
 from mipfast.capture import Capture, capture, from_mean
 from mipfast.chunks import Chunk, Sums, each, make_chunks
 from mipfast.errors import DivergedError, InputError
+from mipfast.ffn import fused_ffns
 from mipfast.files import load_artefact, save_artefact, versions
 from mipfast.modes import held
 from mipfast.positions import TEXT_POSITIONS, VISION_POSITIONS, Batch, Labels, Positions, check_name, find_labels
@@ -197,7 +198,7 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    with held(model), frozen_linears(model):
+    with held(model), frozen_linears(model), fused_ffns(sites.stacks):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))

@@ -25,6 +25,7 @@ __all__ = [
     "riemann_accumulate",
     "riemann_interpolate",
     "riemann_project",
+    "swiglu",
 ]
 
 
@@ -462,6 +463,99 @@ def _project_backward(ctx, d_out):
 
 
 _riemann_project.register_autograd(_project_backward, setup_context=_project_context)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the activation of a gated FFN: gate, up of one shape and dtype -> the same.
+
+    Differentiable once. Nothing but gate and up is kept for the backward pass; torch keeps silu(gate) too.
+    """
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device or not gate.is_floating_point():
+        found, expected = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (up, gate))
+        raise InputError(f"swiglu: up is {found}, expected gate's {expected}, of floating point; convert one of them")
+    return _Swiglu.apply(gate, up) if _untraced(gate, up) else _swiglu(gate, up)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _activate(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return _activation_gradients(d_out, *ctx.saved_tensors)
+
+
+def _activate(gate, up):
+    name = choose(gate)
+    if name not in ("cpp", "triton") or not gate.numel():
+        return reference.swiglu(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    if name == "triton":
+        from mipfast_kernels.swiglu import swiglu as launch
+
+        return launch(gate, up)
+    out = torch.empty_like(gate)
+    load_extension().swiglu(
+        gate=gate.data_ptr(), up=up.data_ptr(), dtype=_cpp_dtype(gate.dtype), out=out.data_ptr(), size=gate.numel()
+    )
+    return out
+
+
+def _activation_gradients(d_out, gate, up):
+    name = choose(gate)
+    if name not in ("cpp", "triton") or not gate.numel():
+        return reference.swiglu_gradients(d_out, gate, up)
+    d_out, gate, up = d_out.contiguous(), gate.contiguous(), up.contiguous()
+    if name == "triton":
+        from mipfast_kernels.swiglu import swiglu_gradients as launch
+
+        return launch(d_out, gate, up)
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
+    load_extension().swiglu_gradients(
+        d_out=d_out.data_ptr(),
+        gate=gate.data_ptr(),
+        up=up.data_ptr(),
+        dtype=_cpp_dtype(gate.dtype),
+        d_gate=d_gate.data_ptr(),
+        d_up=d_up.data_ptr(),
+        size=gate.numel(),
+    )
+    return d_gate, d_up
+
+
+_swiglu = torch.library.custom_op(
+    "mipfast::swiglu", _activate, mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor"
+)
+_swiglu_gradients = torch.library.custom_op(
+    "mipfast::swiglu_gradients",
+    _activation_gradients,
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+)
+
+
+@_swiglu.register_fake
+def _(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+@_swiglu_gradients.register_fake
+def _(d_out, gate, up):
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _swiglu_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, d_out):
+    return _swiglu_gradients(d_out, *ctx.saved_tensors)
+
+
+_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_context)
 
 
 def misdirection_loss(hidden: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

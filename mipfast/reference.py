@@ -98,6 +98,24 @@ def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor
     return F.linear(riemann_interpolate(act, alphas, neurons), weight)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """A gated FFN's activation: silu(gate) * up = gate * sigmoid(gate) * up.
+
+    gate, up of one shape and dtype, floating. Returns the same (arithmetic in float32 or float64, rounded once).
+    Differentiable.
+    """
+    acc = accumulator_dtype(gate.dtype)
+    return (F.silu(gate.to(acc)) * up.to(acc)).to(gate.dtype)
+
+
+def swiglu_gradients(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `swiglu` at gate and at up, where d_out is its result's; all of one shape and dtype."""
+    acc = accumulator_dtype(gate.dtype)
+    d, g, sigmoid = d_out.to(acc), gate.to(acc), gate.to(acc).sigmoid()
+    d_gate = d * up.to(acc) * (sigmoid * (1 + g * (1 - sigmoid)))
+    return d_gate.to(gate.dtype), (d * (g * sigmoid)).to(gate.dtype)
+
+
 def misdirection_loss(hidden: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the rows that count of ||hidden - target||^2 / D.
 

@@ -14,6 +14,7 @@ KERNEL_TESTS = [
     "test_riemann_project.py",
     "test_project_accumulate.py",
     "test_misdirection_loss.py",
+    "test_swiglu.py",
     "test_locate_backends.py",
 ]
 
