@@ -186,11 +186,11 @@ class _Work:
         self.blocks(phase, tower, passes * tower.layers * (tower.layers - 1) / 2, rows, keys)
 
     def memory(self, copies: int, vision: bool) -> float:
-        """The weights, and of every copy what autograd keeps (about 8 hidden-wide and 4 FFN-wide tensors per token and
+        """The weights, and of every copy what autograd keeps (about 8 hidden-wide and 3 FFN-wide tensors per token and
         block), states and tangents, and the logits with their float32 softmax and gradient."""
 
         def kept(tower: Tower, tokens: int) -> int:
-            return tower.layers * tokens * (10 * tower.hidden + 4 * tower.neurons)
+            return tower.layers * tokens * (10 * tower.hidden + 3 * tower.neurons)
 
         text, size = self.shape.text, self.shape.element_size
         per_copy = kept(text, self.span) * size

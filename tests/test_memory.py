@@ -136,7 +136,7 @@ def test_automatic_budget_leaves_room(monkeypatch):
     model = tiny_llama(F64)
     sites = find_sites(model)
     captured = capture(model, sites, sites.text, split(text_batch(model, [9, 12], [2, 1]), 0), "all")
-    monkeypatch.setattr(memory, "_free", lambda device: 1000 * memory._modelled(captured))
+    monkeypatch.setattr(memory, "_free", lambda device: 1000 * (memory._modelled(captured) + memory._logits(captured)))
     assert memory.copies_that_fit(captured, "auto") == 800
 
 
@@ -146,7 +146,8 @@ def test_a_budget_is_kept(monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     seen = running_out(monkeypatch, lambda m, n: False)
     sites = find_sites(model)
-    one = memory._modelled(capture(model, sites, sites.text, batch, "last_prompt"))
+    captured = capture(model, sites, sites.text, batch, "last_prompt")
+    one = memory._modelled(captured) + memory._logits(captured)
     mipfast.locate(model, batch, memory_budget=3 * one, n_steps=5)
     assert {m for m, _ in seen} <= {3, 2} and {n for _, n in seen} == {4}
     seen.clear()
