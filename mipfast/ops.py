@@ -473,7 +473,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device or not gate.is_floating_point():
         found, expected = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (up, gate))
         raise InputError(f"swiglu: up is {found}, expected gate's {expected}, of floating point; convert one of them")
-    return _Swiglu.apply(gate, up) if _untraced(gate, up) else _swiglu(gate, up)
+    if _untraced(gate, up, constant=True):
+        return _activate(gate, up)
+    return (_Swiglu.apply if _untraced(gate, up) else _swiglu)(gate, up)
 
 
 class _Swiglu(torch.autograd.Function):
