@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from shapes import DEVICE, DTYPES, FFN, GPU, label, providers
 
-# (rows, neurons): patches of a picture, words of a text, a language model's suffix at four steps
-SHAPES = [(1024, FFN["qwen2.5-vl-vit"][1]), (64, FFN["qwen2.5-3b"][1]), (256, FFN["qwen2.5-3b"][1])]
+# (rows, neurons): patches of a picture, labels of a text at four steps
+SHAPES = [(1024, FFN["qwen2.5-vl-vit"][1]), (64, FFN["qwen2.5-3b"][1])]
 if GPU:
     SHAPES += [(3072, FFN["qwen2.5-3b"][1]), (3072, FFN["qwen2.5-7b"][1]), (4096, FFN["qwen2.5-vl-vit"][1])]
 
