@@ -1,0 +1,197 @@
+"""Whole searches at the shapes of Qwen2.5-VL 3B and 7B, random bfloat16 weights, against the released code on the same
+GPU: text 32 samples in a batch, vision one picture of 1024 patches, the released code one sample at a time.
+
+A ratio is the released code's seconds over ours, per sample, medians of 3 interleaved rounds. Before a time is taken,
+our scores (in that batch, by our shortcuts) must be as close to a float32 search as native replay in bfloat16 is, one
+sample at a time; that the released preset computes what the baseline does is test_bench_locate's to show, in float32.
+That the baseline costs no more than the passes it is made of is asserted last: a row is worth reading even then.
+
+Every row goes on with where the time goes: FLOP/s (the cost model's FLOPs) and their share of this GPU's bfloat16
+matmul rate, our seconds over the cost model's floor on this GPU, the share of the time in which no kernel runs, peak
+memory beside the cost model's, the kernels that take longest. The float32 search and the profiled call are one run each.
+
+On an H200 one sample of the released code is a product of .4 to 3 s at the matmul rate, so it is run whole. The budget,
+both sizes together, at a third of that rate: released text 4 s and vision 14 s a run, 5 runs each, ours 1 to 9 s a run,
+6 runs each: 150 s; float32 25 s; the models 20 s. --large-dry walks the same way at toy sizes, on a CPU in seconds.
+"""
+
+import math
+import statistics
+import sys
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import released  # noqa: E402
+from profile_ops import MODELS, PROFILED, SIZES  # noqa: E402
+from test_bench_locate import BARE, DEVICE, assert_lean, image_batch, seconds, text_batch  # noqa: E402
+
+from mipfast import LocateConfig, chunks, locate  # noqa: E402
+from mipfast.cost import Device, estimate  # noqa: E402
+
+GPU = DEVICE == "cuda"
+ROUNDS = 3
+SAMPLES = {"text": 32, "vision": 1}
+TARGETS = {"text": 15, "vision": 5}
+FLOOR = 2  # our seconds over the cost model's, at most
+# a row of MODELS, and of SIZES
+TOY = (64, 160, 3, 4, 2, 500)
+TOY_SIZES = {"text": dict(prompt=12, answer=4), "vision": dict(prompt=8, answer=4, patches=64)}
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
+TOY_VISION = dict(depth=4, hidden_size=64, intermediate_size=172, num_heads=4, fullatt_block_indexes=[1, 3])
+
+
+def random_model(name, dry):
+    """Made where it will run, in bfloat16 from the start."""
+    hidden, neurons, layers, heads, kv_heads, words = TOY if dry else MODELS[name]
+    pair = hidden // heads // 2
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=words,
+            hidden_size=hidden,
+            intermediate_size=neurons,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rope_theta=1e6,
+            rope_scaling=dict(type="mrope", mrope_section=[pair // 4, pair * 3 // 8, pair * 3 // 8]),
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        vision_config=(TOY_VISION if dry else VISION)
+        | dict(out_hidden_size=hidden, patch_size=14, spatial_merge_size=2, window_size=112),
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=words - 1,
+        tie_word_embeddings=name.endswith("3B"),
+    )
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def dry(pytestconfig):
+    dry = pytestconfig.getoption("large_dry")
+    if not (GPU or dry):
+        pytest.skip("needs a GPU, or --large-dry for toy sizes")
+    return dry
+
+
+@pytest.fixture(scope="module")
+def matmul(dry):
+    """This GPU's rates, as the cost model takes them."""
+    return Device.measured(DEVICE, torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=PROFILED)
+def named_model(request, dry):
+    """(name, model); the last one's memory is free by then."""
+    yield request.param, random_model(request.param, dry)
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def float32(model):
+    """The same weights, exactly, there and back. Buffers stay: rotary frequencies are float32 already."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+
+
+def assert_close(monkeypatch, model, batch, one, modality):
+    """Our scores of the first sample, in its batch, are at most twice as far from float32 as native replay's in bfloat16, as a mean
+    over layers of |difference| / |scores|. Both errors, and the share of native replay's path that is on ours.
+
+    Ours comes first: what it measures of memory holds for the model from then on."""
+    ours = locate(model, batch, modality=modality)
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks, "plan", lambda capture: (capture, None))
+        native = locate(model, one, modality=modality)
+        with float32(model):
+            exact = locate(model, one, modality=modality).scores[0]
+
+    def error(found):
+        return ((found.scores[0] - exact).norm(dim=1) / exact.norm(dim=1)).mean().item()
+
+    off, allowed = error(ours), 2 * error(native)
+    assert off <= allowed, f"scores off by {off:.1e} of float32's, native replay by {allowed / 2:.1e}"
+    shared = (ours.path[0][:, :, None] == native.path[0][:, None]).any(-1).double().mean().item()
+    return dict(error=off, native_error=allowed / 2, path_shared=shared)
+
+
+def kernels(call):
+    """({kernel: seconds}, GiB allocated at the peak) of one call. On a CPU, of ops, those inside others counted twice
+    and no memory: a walk only."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as result:
+        seconds(call)
+    taken = Counter()
+    for event in result.profiler.kineto_results.events():  # key_averages() takes minutes over so many
+        if event.device_type() == (DeviceType.CUDA if GPU else DeviceType.CPU):
+            taken[event.name()] += event.duration_ns() / 1e9
+    assert taken, "the profiler saw no kernel"
+    return taken, torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
+
+
+@pytest.mark.parametrize("modality", TARGETS)
+def test_large(modality, named_model, dry, matmul, monkeypatch, pytestconfig):
+    name, model = named_model
+    sizes, samples = (TOY_SIZES if dry else SIZES)[modality], SAMPLES[modality]
+    words = model.config.text_config.vocab_size
+    if modality == "text":
+        batch, search = text_batch(**sizes, samples=samples, words=words), released.released_igi
+        one, blocks = {key: value[:1] for key, value in batch.items()}, model.get_decoder().layers
+    else:
+        batch, search = image_batch(**sizes, words=words), released.released_ifi
+        one, blocks = batch, model.model.visual.blocks
+    found = assert_close(monkeypatch, model, batch, one, modality)
+
+    calls = {
+        "released": lambda: search(model, one),
+        "bare": lambda: locate(model, batch, modality=modality, residuals="none"),
+        "default": lambda: locate(model, batch, modality=modality),
+    }
+    calls["released"]()  # a first run compiles and allocates; ours has had it
+    times = defaultdict(list)
+    for _ in range(ROUNDS):
+        for key, call in calls.items():
+            times[key].append(seconds(call))
+    took = {key: statistics.median(rounds) for key, rounds in times.items()}
+    for key, kind in (("bare", BARE), ("default", "")):
+        config = LocateConfig(modality=modality, residuals="none" if key == "bare" else "first")
+        cost = estimate(model, **sizes, samples=samples, batch_size=samples, config=config, device=matmul)
+        rate = sum(cost.flops.values()) / took[key]
+        row = dict(
+            name=f"{name}, {modality}, {samples} per batch{kind}",
+            ratio=samples * took["released"] / took[key],
+            target=TARGETS[modality],
+            released_seconds=took["released"],
+            seconds=took[key] / samples,
+            flop_per_s=rate,
+            matmul_share=rate / matmul.flops,
+            over_floor=took[key] / sum(cost.seconds.values()),
+            over_floor_target=FLOOR,
+            modelled_gib=cost.memory / 2**30,
+            rounds=times,
+        )
+        pytestconfig.large_rows.append(row)
+    taken, peak = kernels(calls["default"])
+    busy = sum(taken.values())  # of kernels alone, which the profiler does not slow down: the clock is the plain run's
+    top = {kernel: seconds / busy for kernel, seconds in taken.most_common(5)}
+    row |= found | dict(launch_gaps=1 - busy / took["default"], peak_gib=peak, kernels=top)
+    assert_lean(search, model, one, [block.mlp.down_proj for block in blocks], math.inf if dry else 0.15)
