@@ -25,11 +25,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("locate")
     group.addoption("--locate-full", action="store_true", help="5 rounds, not 1, and the baselines of a minute too")
     group.addoption("--locate-json", type=Path, help="write their ratios here")
+    group.addoption("--large-dry", action="store_true", help="test_bench_large.py at toy sizes, a walk only")
     group.addoption("--locate-scaling", type=Path, metavar="PNG", help="measure how cost scales too, and draw it here")
 
 
 def pytest_configure(config):
-    config.locate_rows, config.locate_scaling = [], {}
+    config.locate_rows, config.large_rows, config.locate_scaling = [], [], {}
     config.op_rows, config.limits = [], None
     if not shapes.GPU:
         config.option.benchmark_timer = "time.process_time"  # a busy neighbour stretches the wall clock
@@ -46,17 +47,46 @@ def pytest_terminal_summary(terminalreporter, config):
         worse = row["ratio"] > row["floor"] if row["floor"] < 1 else row["ratio"] < row["floor"]
         head = f"{row['name']:66}{row['ratio']:8.2f}   floor {row['floor']:5.4g}  target {row['target']:5.4g}"
         terminalreporter.write_line(f"{head}  {'BELOW FLOOR  ' if worse else ''}{row['note']}")
+    if config.large_rows:
+        terminalreporter.section("whole searches at 3B and 7B: baseline / ours")
+    for row in config.large_rows:
+        for line in _large(row):
+            terminalreporter.write_line(line)
     for axis, found in scaling.items():
         terminalreporter.write_line(f"seconds against {axis} {found['sizes']}: exponents {found['exponents']}")
     if scaling:
         _draw(scaling, config.getoption("locate_scaling"))
     path = config.getoption("locate_json")
-    if path and (rows or scaling):
+    if path and (rows or config.large_rows or scaling):
         path.parent.mkdir(parents=True, exist_ok=True)
         machine = {"cpu": {}}
         pytest_benchmark_update_machine_info(config, machine)
         machine = machine["mipfast"] | {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg(), "threads": 1}
-        path.write_text(json.dumps({"machine": machine, "rows": rows, "scaling": scaling}, indent=1) + "\n")
+        found = {"machine": machine, "rows": rows, "large": config.large_rows, "scaling": scaling}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _large(row):
+    """The lines of a row of test_bench_large.py; one whose call was not profiled has the first three."""
+
+    def missed(yes):
+        return "  MISSED" if yes else ""
+
+    ratio, target, over, most = (row[key] for key in ("ratio", "target", "over_floor", "over_floor_target"))
+    yield f"{row['name']:66}{ratio:8.2f}   target {target}{missed(ratio < target)}"
+    yield f"    {over:.2f}x the cost model's floor   target {most}{missed(over > most)}"
+    yield (
+        f"    {row['released_seconds']:.3f} s / {row['seconds']:.4f} s a sample; {row['flop_per_s'] / 1e12:.4g} TFLOP/s"
+        f" = {row['matmul_share']:.1%} of a large product's; error {row['error']:.2e}, native replay's"
+        f" {row['native_error']:.2e}, path shared {row['path_shared']:.0%}"
+    )
+    if "kernels" in row:
+        yield (
+            f"    no kernel {row['launch_gaps']:.0%} of the time; peak {row['peak_gib']:.1f} GiB, cost model"
+            f" {row['modelled_gib']:.1f}"
+        )
+        for kernel, share in row["kernels"].items():
+            yield f"    {share:6.1%}  {kernel[:100]}"
 
 
 def _cpu():

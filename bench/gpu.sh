@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything a GPU session should do, in one walk: build, GPU tests, ceilings, benches. A part that fails is
-# reported at the end and does not stop the others.
+# reported at the end and does not stop the others. The parts take 600 s at most.
 #
 #   bench/gpu.sh [--dry] [OUT]     OUT (default bench/results/<device>) takes the logs and JSON files
 #
@@ -55,24 +55,28 @@ build() {  # the CUDA C++ kernel too where nvcc is, else without
 }
 export -f build; export python
 
-bench=(); ceilings=(); locate=(bench/test_bench_locate.py)
-tests=(tests/test_riemann_*.py tests/test_project_accumulate.py tests/test_misdirection_loss.py tests/test_locate_backends.py)
+bench=(--ignore=bench/test_bench_locate.py --ignore=bench/test_bench_large.py)
+ceilings=(); large=(); locate=(bench/test_bench_locate.py)
+tests=(tests/test_riemann_*.py tests/test_project_accumulate.py tests/test_misdirection_loss.py tests/test_swiglu.py)
+tests+=(tests/test_locate_backends.py)
 if [ "$dry" = 1 ]; then
-  bench=(--benchmark-disable -k "eager or cpp")
+  bench+=(--benchmark-disable -k "eager or cpp")
   ceilings=(--rounds 2 --mib 64 --matmul 256)
-  locate=(bench/test_bench_locate.py::test_memory)
+  large=(--large-dry)
+  locate=("bench/test_bench_locate.py::test_memory[text]" "bench/test_bench_locate.py::test_captum[riemann_right]")
   tests=(tests/test_riemann_accumulate.py tests/test_reference.py)
 fi
 
-part build 120 bash -c build
-part backends 30 "$python" -c 'from mipfast import backend; [print(*row) for row in backend.status()]'
-part ceilings 30 "$python" bench/ceilings.py "${ceilings[@]}"
-part tests 120 "$python" -m pytest -q "${tests[@]}"
-part ops 240 "$python" -m pytest -q bench --ignore=bench/test_bench_locate.py "${bench[@]}" --benchmark-json="$out/ops.json"
-part locate 100 "$python" -m pytest -q "${locate[@]}" --locate-json="$out/locate.json"
+part build 80 bash -c build
+part backends 15 "$python" -c 'from mipfast import backend; [print(*row) for row in backend.status()]'
+part ceilings 15 "$python" bench/ceilings.py "${ceilings[@]}"
+part tests 80 "$python" -m pytest -q "${tests[@]}"
+part large 200 "$python" -m pytest -q bench/test_bench_large.py "${large[@]}" --locate-json="$out/large.json"
+part locate 90 "$python" -m pytest -q "${locate[@]}" --locate-json="$out/locate.json"
+part ops 120 "$python" -m pytest -q bench "${bench[@]}" --benchmark-json="$out/ops.json"
 
 echo "results: $out"
 [ -s "$out/ops.json" ] && "$python" bench/compare.py "$out/ops.json"
-sed -n '/baseline \/ ours/,/^$/p' "$out/locate.log"
+sed -n '/baseline \/ ours/,/^$/p' "$out/locate.log" "$out/large.log"
 if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}"; exit 1; fi
 echo "all parts passed"
