@@ -229,13 +229,16 @@ def locate(
 
 def objective_value(logits: torch.Tensor, labels: Labels, objective: str) -> torch.Tensor:
     """F of every row: logits [m·n,q,V] at the label positions -> [m·n], in float32 or float64."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     copies = len(logits) // labels.num_samples
     target = labels.target.to(logits.device).repeat(copies, 1)[..., None]
     mask = labels.mask.to(logits.device).repeat(copies, 1)
-    chosen = logits.gather(-1, target)
-    others = logits.scatter(-1, target, -torch.inf) if objective == "log_odds" else logits
-    per_label = (chosen[..., 0] - others.logsumexp(-1)).where(mask, 0)
+    if objective == "log_odds":
+        logits = logits.to(dtype)
+        chosen = logits.gather(-1, target) - logits.scatter(-1, target, -torch.inf).logsumexp(-1, keepdim=True)
+    else:  # with its backward 48 bytes per bfloat16 logit in a third of the time that gather - logsumexp takes for 68
+        chosen = logits.log_softmax(-1, dtype=dtype).gather(-1, target)
+    per_label = chosen[..., 0].where(mask, 0)
     if objective == "prob":
         return per_label.sum(1).exp()
     if objective == "loss":

@@ -74,7 +74,8 @@ class Chunk:
     """Some nodes of the quadrature on their way through the layers; with carry also d state / d alpha."""
 
     def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
-        self.replay, self.alphas, self.weights, self.carry = replay, alphas, weights, carry
+        device = replay.capture.rows.index.device  # once, not per layer: a copy to a GPU waits for it
+        self.replay, self.alphas, self.weights, self.carry = replay, alphas.to(device), weights.to(device), carry
 
     def halves(self) -> list[Chunk]:
         """The same nodes in two chunks."""

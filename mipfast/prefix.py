@@ -141,6 +141,8 @@ def _attend(
         if clean_key is not None and clean_value is not None:
             key = torch.cat([clean_key.repeat(m, 1, 1, 1), key], 2)
             value = torch.cat([clean_value.repeat(m, 1, 1, 1), value], 2)
+        if group > 1 and query.is_cuda:  # none of its fused kernels takes a mask and grouped heads together
+            key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=group > 1)
         return out.transpose(1, 2).contiguous()
     mask = mask[:, :, None]

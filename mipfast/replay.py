@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,7 +40,9 @@ TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos
 PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
 STATES = ("hidden_states", "hidden_state")  # what blocks call their input
 
-_seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # towers whose suffix gave the clean logits
+# what was found once about a model's towers: its suffix gave the clean logits; its blocks add their FFN's output
+_seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_additive: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Replay:
@@ -242,23 +245,28 @@ class Replay:
     @contextmanager
     def _last_ffn_at_labels(self) -> Iterator[None]:
         """What the decoder's last FFN does elsewhere, no label sees: zero is returned there."""
-        capture = self.capture
-        labels, ffn = capture.labels, capture.last_ffn
-        span = capture.stop - capture.start if capture.prefix else capture.batch["labels"].shape[1]
-        sample, i = labels.mask.nonzero(as_tuple=True)
-        tokens = labels.num_samples * span
-        offsets = torch.arange(self.copies, device=sample.device) * tokens
-        index = (offsets[:, None] + sample * span + labels.index[sample, i]).flatten()
+        ffn, (index, tokens) = self.capture.last_ffn, self._label_rows
         native = ffn.forward
 
         def at_labels(hidden: torch.Tensor) -> torch.Tensor:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            if len(rows) != tokens * self.copies:
+            if len(rows) != tokens:
                 return native(hidden)
             return torch.zeros_like(rows).index_copy(0, index, native(rows[None, index])[0]).view_as(hidden)
 
-        with _forward(ffn, at_labels) if len(sample) < tokens else nullcontext():
+        with _forward(ffn, at_labels) if len(index) < tokens else nullcontext():
             yield
+
+    @cached_property
+    def _label_rows(self) -> tuple[torch.Tensor, int]:
+        """The labels among the decoder's rows of all copies, and how many rows these are. Kept: nonzero waits for the
+        GPU."""
+        capture, labels = self.capture, self.capture.labels
+        span = capture.stop - capture.start if capture.prefix else capture.batch["labels"].shape[1]
+        sample, i = labels.mask.nonzero(as_tuple=True)
+        tokens = labels.num_samples * span
+        offsets = torch.arange(self.copies, device=sample.device) * tokens
+        return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
 
     def _output(self, state: torch.Tensor) -> Any:
         if any(name in self._kwargs for name in PICTURES):
@@ -296,8 +304,9 @@ def plan(capture: Capture) -> tuple[Capture, Replay | None]:
     block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
 
     The check costs one forward pass of one copy. It compares every block's output at the chosen rows with the clean
-    run's: wrong wherever a block does more with its FFN's output than add it, or attention over the prefix is not what
-    it was. Once per model it also compares the logits, for what lies behind a vision tower."""
+    run's: wrong wherever attention over the prefix is not what it was. Once per model it also compares blocks whose
+    neurons are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what lies
+    behind a vision tower."""
     if any(type(output) is not nn.Linear for output in capture.stack.outputs):
         return capture, None
     for candidate in filter(None, (suffix(capture), capture)):
@@ -309,6 +318,7 @@ def plan(capture: Capture) -> tuple[Capture, Replay | None]:
             log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
             exact = False
         if exact:
+            _additive.setdefault(capture.model, set()).add(capture.stack.name)
             return candidate, clean
     log.info("%s: blocks do more with their FFN than add it; replaying natively", type(capture.model).__name__)
     return capture, None
@@ -317,11 +327,19 @@ def plan(capture: Capture) -> tuple[Capture, Replay | None]:
 def _adds(clean: Replay, layer: int) -> bool:
     """Whether the next block's silent output plus its neurons' contribution is its clean output; takes it as a
     state."""
-    act, weight = clean.capture.activations[layer], clean.capture.stack.outputs[layer].weight
+    capture = clean.capture
+    act, weight = capture.activations[layer], capture.stack.outputs[layer].weight
     state, _ = clean.silent(carry=False)
+    if capture.stack.name not in _additive.get(capture.model, ()):
+        # up to 16 times as loud, so that it is no rounding of the state: a norm behind the FFN hid there in bfloat16
+        before, own = clean.at_rows(state)[0], act @ weight.T
+        louder = (before.norm(dim=1) / own.norm(dim=1).clamp(min=torch.finfo(own.dtype).tiny)).clamp(1, 16)[:, None]
+        found, _ = clean._block(louder * act[None], None)
+        if not _close(clean.at_rows(found)[0], before + louder * own, roundings=4):
+            return False
     clean.silents.append(state)
     clean.push(clean.add_rows(state, (act @ weight.T)[None]), None)
-    return _close(clean.at_rows(clean.states[-1])[0], clean.capture.outputs[layer])
+    return _close(clean.at_rows(clean.states[-1])[0], capture.outputs[layer])
 
 
 def _sees(clean: Replay) -> bool:
@@ -336,9 +354,12 @@ def _sees(clean: Replay) -> bool:
     return exact
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to 64 roundings of the dtype: a wrong mask or scale is off by far more."""
-    return bool((found - expected).abs().max() <= 64 * torch.finfo(found.dtype).eps * expected.abs().max())
+def _close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 16) -> bool:
+    """Every row equal to so many roundings of its norm: 16 of a 16-bit dtype, which sums in float32, are what 80 blocks
+    add up to, and 64 of a wider one; a wrong mask or scale is off by more."""
+    eps = torch.finfo(found.dtype).eps
+    off, norm = (t.to(torch.promote_types(t.dtype, torch.float32)).norm(dim=-1) for t in (found - expected, expected))
+    return bool((off <= (64 if eps < 1e-6 else roundings) * eps * norm).all())
 
 
 def suffix(capture: Capture) -> Capture | None:
