@@ -110,13 +110,13 @@ def text_batch(prompt, answer, samples=1, words=WORDS):
     return _batch(ids, answer)
 
 
-def image_batch(prompt=22, answer=8, patches=144, words=WORDS):
-    """One square picture, after 4 of the prompt's tokens; a quarter as many tokens as patches."""
+def image_batch(prompt=22, answer=8, patches=144, samples=1, words=WORDS):
+    """One square picture a sample, after 4 of the prompt's tokens; a quarter as many tokens as patches."""
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(6, words - 1, (prompt + answer - 2,), generator=generator).tolist()
-    ids = torch.tensor([[*text[:3], 3, *[5] * (patches // 4), 4, *text[3:]]])
-    pixels = torch.randn(patches, 3 * 2 * 14 * 14, generator=generator).to(DEVICE)
-    grid = torch.tensor([[1, math.isqrt(patches), math.isqrt(patches)]]).to(DEVICE)
+    text = torch.randint(6, words - 1, (samples, prompt + answer - 2), generator=generator).tolist()
+    ids = torch.tensor([[*row[:3], 3, *[5] * (patches // 4), 4, *row[3:]] for row in text])
+    pixels = torch.randn(samples * patches, 3 * 2 * 14 * 14, generator=generator).to(DEVICE)
+    grid = torch.tensor([[1, math.isqrt(patches), math.isqrt(patches)]] * samples).to(DEVICE)
     return _batch(ids, answer) | dict(
         mm_token_type_ids=(ids == 5).long().to(DEVICE), pixel_values=pixels, image_grid_thw=grid
     )

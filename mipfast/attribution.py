@@ -30,6 +30,7 @@ from mipfast.quadrature import quadrature
 from mipfast.released import joint_search, released_vision
 from mipfast.replay import plan
 from mipfast.sites import Sites, Stack, find_sites
+from mipfast.windows import grouped_windows
 
 log = logging.getLogger("mipfast")
 
@@ -198,7 +199,7 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    with held(model), frozen_linears(model), fused_ffns(sites.stacks):
+    with held(model), frozen_linears(model), fused_ffns(sites.stacks), grouped_windows(model):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 EDITING = {"pruning", "training", "direction", "misdirection", "baselines", "lora", "trainer"}
 LOCATING = {"attribution", "path", "unlearning"} | EDITING
-ENGINE = {"sites", "ffn", "capture", "prefix", "replay", "chunks", "memory", "quadrature"}
+ENGINE = {"sites", "ffn", "windows", "capture", "prefix", "replay", "chunks", "memory", "quadrature"}
 
 # module of mipfast (a package counts with all it holds) -> modules of mipfast it may not import
 FORBIDDEN = {
