@@ -1,5 +1,7 @@
 """Gated FFNs by one fused op: equal to the model's own, only where they compute what it does, and undone."""
 
+import copy
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -15,10 +17,15 @@ class Gated(nn.Module):
     def __init__(self, act=F.silu, factor=1.0):
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(6, 9), nn.Linear(6, 9)
-        self.down_proj, self.act, self.factor = nn.Linear(9, 6), act, factor
+        self.down_proj, self.act_fn, self.factor = nn.Linear(9, 6), act, factor
 
     def forward(self, x):
-        return self.down_proj(self.factor * self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.factor * self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Residual(Gated):
+    def forward(self, x, residual):
+        return super().forward(x) + residual
 
 
 @pytest.fixture
@@ -67,11 +74,15 @@ def test_forward_mode():
         torch.testing.assert_close(tangent(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "other", [Gated(F.gelu), Gated(factor=0.5), nn.Sequential(nn.Linear(6, 6))], ids=["gelu", "factor", "not gated"]
+    "other",
+    [Gated(F.gelu), Gated(factor=0.8), Residual(), nn.Sequential(nn.Linear(6, 6))],
+    ids=["gelu", "factor", "residual", "not gated"],
 )
-def test_what_computes_something_else_is_left_alone(other):
-    assert ffn._is_gated(Gated()) and not ffn._is_gated(other)
+def test_what_computes_something_else_is_left_alone(other, dtype):
+    assert ffn._is_gated(Gated().to(dtype))
+    assert not ffn._is_gated(copy.deepcopy(other).to(dtype))
 
 
 def test_a_model_is_left_as_it_was():
