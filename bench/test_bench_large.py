@@ -117,7 +117,7 @@ def assert_close(monkeypatch, model, batch, one, modality):
     Ours comes first: what it measures of memory holds for the model from then on."""
     ours = locate(model, batch, modality=modality)
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "plan", lambda capture: (capture, None))
+        patch.setattr(chunks, "plan", lambda capture, clean_states: (capture, None))
         native = locate(model, one, modality=modality)
         with float32(model):
             exact = locate(model, one, modality=modality).scores[0]

@@ -216,7 +216,7 @@ def assert_native(monkeypatch, model, batch, **options):
     """Our shortcuts change nothing."""
     found = locate(model, batch, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "plan", lambda capture: (capture, None))
+        patch.setattr(chunks, "plan", lambda capture, clean_states: (capture, None))
         native = locate(model, batch, **options)
     for i in range(len(found.path)):
         off = (found.scores[i] - native.scores[i]).abs().amax(1) / native.scores[i].abs().amax(1)

@@ -333,7 +333,7 @@ def _search(
             joint = released_vision(captured, len(nodes), config.top_k)
         else:
             # at token 0, where the released code looks, there is no prefix to spare
-            route = captured if config.combine == "released" else plan(captured)[0]
+            route = captured if config.combine == "released" else plan(captured, clean_states=False)[0]
             options = config.top_k, config.search == "greedy", config.combine == "released"
             joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
         return joint[0], joint[1], [None] * n, captured.labels.mask.sum(1).cpu(), joint[2]

@@ -36,10 +36,10 @@ log = logging.getLogger("mipfast")
 @dataclass(frozen=True, eq=False)
 class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
-    base model for a vision stack. last_ffn: the decoder's, behind which only label positions matter. start, stop: the
-    decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened token
-    dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows, measured
-    from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
+    base model for a vision stack. last_block, last_ffn: the decoder's, where only label positions matter. start, stop:
+    the decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened
+    token dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows,
+    measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
     base_output: what the head's wrapper got from the base model. tail: what blocks return besides their state in
     transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions. recording:
     of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to start..stop."""
@@ -49,6 +49,7 @@ class Capture:
     batch: Batch
     entry: nn.Module
     decoder: nn.Module
+    last_block: nn.Module
     last_ffn: nn.Module
     start: int
     stop: int
@@ -176,6 +177,7 @@ def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Po
         batch,
         entry,
         decoder,
+        sites.text.blocks[-1],
         sites.text.ffns[-1],
         start,
         max(last, int(labels.index.where(labels.mask, 0).max())) + 1,

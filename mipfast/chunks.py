@@ -36,11 +36,12 @@ def make_chunks(
     to be measured). pathless: no layer's neurons stay scaled when the next one is scored.
 
     Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
-    route, clean = plan(captured)
+    unit = nodes == 1
+    route, clean = plan(captured, clean_states=pathless or bool(unit.any()))
     kind: Any = (partial(Pathless, clean) if pathless else Added) if clean else Overwritten
     chunks: list[Chunk] = []
     scaled = torch.ones_like(nodes, dtype=torch.bool)
-    if clean and bool((unit := nodes == 1).any()):
+    if clean and bool(unit.any()):
         scaled = ~unit
         gradients, taps = Replay(route, 1).clean_gradients(value_of)
         chunks.append(Clean(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps))

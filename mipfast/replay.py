@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +39,7 @@ BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves
 TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
 PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
 STATES = ("hidden_states", "hidden_state")  # what blocks call their input
+ROW_BY_ROW = ("q_proj", "o_proj")  # in a decoder's attention; keys and values of every token are seen by later ones
 
 # what was found once about a model's towers: its suffix gave the clean logits; its blocks add their FFN's output
 _seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -68,8 +69,8 @@ class Replay:
         with ExitStack() as patches:
             if values is not None:
                 patches.enter_context(self._overwritten(layer, values))
-            if values is None or stack.ffns[layer] is not self.capture.last_ffn:
-                patches.enter_context(self._last_ffn_at_labels())
+            if values is None or stack.blocks[layer] is not self.capture.last_block:
+                patches.enter_context(self._last_block_at_labels())
             return self._entered()
 
     def staggered(self, states: list[torch.Tensor], starts: list[torch.Tensor]) -> torch.Tensor:
@@ -111,7 +112,7 @@ class Replay:
 
         first, *later = self.capture.stack.blocks
         with ExitStack() as hooks, torch.enable_grad():
-            hooks.enter_context(self._last_ffn_at_labels())
+            hooks.enter_context(self._last_block_at_labels())
             hooks.enter_context(removing(first.register_forward_hook(keep)))
             for block in later:
                 hooks.enter_context(removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
@@ -243,18 +244,23 @@ class Replay:
         self._call = (len(self.states), *_state_first(args, kwargs), self.states[-1] if self.states else None)
 
     @contextmanager
-    def _last_ffn_at_labels(self) -> Iterator[None]:
-        """What the decoder's last FFN does elsewhere, no label sees: zero is returned there."""
-        ffn, (index, tokens) = self.capture.last_ffn, self._label_rows
-        native = ffn.forward
+    def _last_block_at_labels(self) -> Iterator[None]:
+        """What the decoder's last FFN and the projections of its attention's queries and output do elsewhere, no label
+        sees: zero is returned there."""
+        block, (index, tokens) = self.capture.last_block, self._label_rows
 
-        def at_labels(hidden: torch.Tensor) -> torch.Tensor:
+        def at_labels(hidden: torch.Tensor, native: Any) -> torch.Tensor:
             rows = hidden.reshape(-1, hidden.shape[-1])
             if len(rows) != tokens:
                 return native(hidden)
-            return torch.zeros_like(rows).index_copy(0, index, native(rows[None, index])[0]).view_as(hidden)
+            found = native(rows[None, index])[0]
+            return found.new_zeros(tokens, found.shape[-1]).index_copy(0, index, found).view(*hidden.shape[:-1], -1)
 
-        with _forward(ffn, at_labels) if len(index) < tokens else nullcontext():
+        with ExitStack() as patches:
+            if len(index) < tokens:
+                projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in ROW_BY_ROW)
+                for module in (self.capture.last_ffn, *projections):
+                    patches.enter_context(_forward(module, partial(at_labels, native=module.forward)))
             yield
 
     @cached_property
@@ -299,21 +305,24 @@ class _Reached(Exception):
     """Ends a forward pass at a block whose arguments were wanted."""
 
 
-def plan(capture: Capture) -> tuple[Capture, Replay | None]:
+def plan(capture: Capture, clean_states: bool = True) -> tuple[Capture, Replay | None]:
     """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
     block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
 
-    The check costs one forward pass of one copy. It compares every block's output at the chosen rows with the clean
-    run's: wrong wherever attention over the prefix is not what it was. Once per model it also compares blocks whose
-    neurons are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what lies
-    behind a vision tower."""
+    The check compares blocks' outputs at the chosen rows with the clean run's: wrong where attention over the prefix is
+    not what it was. It goes over all blocks, a forward pass of one copy, where clean_states says they are wanted or
+    the model is new; else over the first, for this batch's mask. Once per model it also compares blocks whose neurons
+    are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what lies behind a
+    vision tower."""
     if any(type(output) is not nn.Linear for output in capture.stack.outputs):
         return capture, None
+    known = capture.stack.name in _additive.get(capture.model, ())
+    layers = capture.stack.num_layers if clean_states or not known else 1
     for candidate in filter(None, (suffix(capture), capture)):
         clean = Replay(candidate, 1)
         try:
             with torch.no_grad():
-                exact = all(_adds(clean, layer) for layer in range(capture.stack.num_layers)) and _sees(clean)
+                exact = all(_adds(clean, layer) for layer in range(layers)) and _sees(clean)
         except Exception as error:  # a family whose glue cannot run on a suffix says so in its own words
             log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
             exact = False

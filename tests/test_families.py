@@ -150,8 +150,8 @@ def test_the_route_is_the_same_in_every_dtype(name, modality, dtype, monkeypatch
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
     found = []
 
-    def plan(capture):
-        found.append(replay.plan(capture)[1])
+    def plan(capture, clean_states):
+        found.append(replay.plan(capture, clean_states)[1])
         return capture, None
 
     monkeypatch.setattr("mipfast.chunks.plan", plan)
