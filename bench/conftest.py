@@ -44,9 +44,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if rows:
         terminalreporter.section("whole searches: baseline / ours")
     for row in rows:
-        worse = row["ratio"] > row["floor"] if row["floor"] < 1 else row["ratio"] < row["floor"]
-        head = f"{row['name']:66}{row['ratio']:8.2f}   floor {row['floor']:5.4g}  target {row['target']:5.4g}"
-        terminalreporter.write_line(f"{head}  {'BELOW FLOOR  ' if worse else ''}{row['note']}")
+        terminalreporter.write_line(_search(row))
     if config.large_rows:
         terminalreporter.section("whole searches at 3B and 7B: baseline / ours")
     for row in config.large_rows:
@@ -64,6 +62,14 @@ def pytest_terminal_summary(terminalreporter, config):
         machine = machine["mipfast"] | {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg(), "threads": 1}
         found = {"machine": machine, "rows": rows, "large": config.large_rows, "scaling": scaling}
         path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _search(row):
+    goals, floor = "", row["floor"]
+    if floor:
+        missed = row["ratio"] > floor if floor < 1 else row["ratio"] < floor
+        goals = f"floor {floor:5.4g}  target {row['target']:5.4g}{'  BELOW FLOOR' if missed else ''}"
+    return f"{row['name']:48}{row['ratio']:8.2f}   {goals:29}  {row['note']}"
 
 
 def _large(row):

@@ -5,9 +5,10 @@ CPU time: a busy machine stretches the wall clock of either side at will. A rati
 per sample. Before a time is taken, the baseline must compute the released preset's scores and cost no more than the
 passes it is made of, and our default must compute what native replay does.
 
-A call measures residuals on its first batch, so a row of one batch pays for them; no baseline has any. Rows that end
-in "no residuals" are what each later batch costs, "torch's products" what it would cost by torch's float32 products,
-as the baselines multiply, on CPUs where `mipfast.products` has faster ones.
+Floors and targets are of equal work, scores alone, as the baselines and the prototype they come from compute. Rows that
+end in "with residuals" measure completeness too, which no baseline does and a call does on its first batch; "torch's
+products" is what a row costs by torch's float32 products, as the baselines multiply, on CPUs where `mipfast.products`
+has faster ones.
 
     python bench/test_bench_locate.py memory text|vision ours|released      peak growth of this process, in bytes
 """
@@ -36,7 +37,7 @@ from mipfast.positions import find_labels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, WORDS = 4, 4000
-BARE, PLAIN = ", no residuals", ", torch's products"
+GAUGED, PLAIN = ", with residuals", ", torch's products"
 # (floor, target) of every ratio; memory: our growth over the baseline's
 GOALS = {
     "released preset": (1.8, 2.2),
@@ -190,7 +191,7 @@ def row(benchmark, pytestconfig):
     """row(name, ratio, note): for the table, the JSON and extra_info."""
 
     def add(name, ratio, note=""):
-        floor, target = GOALS[name.removesuffix(PLAIN).removesuffix(BARE)]
+        floor, target = GOALS.get(name, (None, None))
         entry = dict(name=name, ratio=round(ratio, 3), floor=floor, target=target, note=note, load=os.getloadavg()[0])
         pytestconfig.locate_rows.append(entry)
         benchmark.extra_info[name] = entry
@@ -263,23 +264,23 @@ def test_text(text, interleaved, row, monkeypatch):
             "frozen": lambda: released.released_igi(model, batch, frozen=True),
             "preset": lambda: locate(model, batch, preset),
             "plain preset": plain(lambda: locate(model, batch, preset)),
-            "four": lambda: locate(model, four),
-            "four bare": lambda: locate(model, four, residuals="none"),
+            "four": lambda: locate(model, four, residuals="none"),
+            "four gauged": lambda: locate(model, four),
             "four plain": plain(lambda: locate(model, four, residuals="none")),
-            "bare": lambda: locate(model, batch, residuals="none"),
+            "gauged": lambda: locate(model, batch),
             "plain": plain(lambda: locate(model, batch, residuals="none")),
-            "default": lambda: locate(model, batch),
+            "default": lambda: locate(model, batch, residuals="none"),
         }
     )
     for name, ours in (
         ("released preset", took["preset"]),
         ("released preset" + PLAIN, took["plain preset"]),
         ("default, one sample", took["default"]),
-        ("default, one sample" + BARE, took["bare"]),
-        ("default, one sample" + BARE + PLAIN, took["plain"]),
+        ("default, one sample" + GAUGED, took["gauged"]),
+        ("default, one sample" + PLAIN, took["plain"]),
         ("default, 4 samples per batch", took["four"] / 4),
-        ("default, 4 samples per batch" + BARE, took["four bare"] / 4),
-        ("default, 4 samples per batch" + BARE + PLAIN, took["four plain"] / 4),
+        ("default, 4 samples per batch" + GAUGED, took["four gauged"] / 4),
+        ("default, 4 samples per batch" + PLAIN, took["four plain"] / 4),
     ):
         frozen = took["frozen"] / ours
         row(name, took["released"] / ours, f"{took['released']:.2f} s / {ours:.3f} s; frozen {frozen:.2f}x")
@@ -308,12 +309,12 @@ def against_a_long_one(interleaved, row, name, model, batch, steps, note=""):
     took = interleaved(
         {
             "released": lambda: released.released_igi(model, batch, steps=steps),
-            "bare": lambda: locate(model, batch, residuals="none"),
+            "gauged": lambda: locate(model, batch),
             "plain": plain(lambda: locate(model, batch, residuals="none")),
-            "default": lambda: locate(model, batch),
+            "default": lambda: locate(model, batch, residuals="none"),
         }
     )
-    for kind, key in (("", "default"), (BARE, "bare"), (BARE + PLAIN, "plain")):
+    for kind, key in (("", "default"), (GAUGED, "gauged"), (PLAIN, "plain")):
         row(name + kind, took["released"] / took[key], f"{took['released']:.1f} s / {took[key]:.3f} s{note}")
 
 
@@ -327,21 +328,21 @@ def test_vision(vision, interleaved, row, monkeypatch):
     took = interleaved(
         {
             "released": lambda: released.released_ifi(model, batch),
-            "left": lambda: locate(model, batch, **left),
-            "left bare": lambda: locate(model, batch, residuals="none", **left),
+            "left": lambda: locate(model, batch, residuals="none", **left),
+            "left gauged": lambda: locate(model, batch, **left),
             "left plain": plain(lambda: locate(model, batch, residuals="none", **left)),
-            "bare": lambda: locate(model, batch, modality="vision", residuals="none"),
+            "gauged": lambda: locate(model, batch, modality="vision"),
             "plain": plain(lambda: locate(model, batch, modality="vision", residuals="none")),
-            "default": lambda: locate(model, batch, modality="vision"),
+            "default": lambda: locate(model, batch, modality="vision", residuals="none"),
         }
     )
     for name, key in (
         ("IFI, 4 left steps both", "left"),
-        ("IFI, 4 left steps both" + BARE, "left bare"),
-        ("IFI, 4 left steps both" + BARE + PLAIN, "left plain"),
+        ("IFI, 4 left steps both" + GAUGED, "left gauged"),
+        ("IFI, 4 left steps both" + PLAIN, "left plain"),
         ("IFI default", "default"),
-        ("IFI default" + BARE, "bare"),
-        ("IFI default" + BARE + PLAIN, "plain"),
+        ("IFI default" + GAUGED, "gauged"),
+        ("IFI default" + PLAIN, "plain"),
     ):
         row(name, took["released"] / took[key], f"{took['released']:.2f} s / {took[key]:.3f} s")
 
@@ -372,13 +373,12 @@ def test_captum(text, interleaved, row, method):
             rows.append(layer.attribute(embeddings, torch.zeros_like(embeddings), **options).sum(1)[0])
         return torch.stack(rows)
 
-    def ours(residuals="first"):
+    def ours(residuals="none"):
         return locate(model, batch, positions="all", search="pointwise", method=method, residuals=residuals)
 
     assert_same(ours(), (captum(), None), 1e-4, path=False)
-    bare = lambda: ours("none")  # noqa: E731
-    took = interleaved({"captum": captum, "bare": bare, "plain": plain(bare), "default": ours})
-    for name, key in (("", "default"), (BARE, "bare"), (BARE + PLAIN, "plain")):
+    took = interleaved({"captum": captum, "gauged": lambda: ours("first"), "plain": plain(ours), "default": ours})
+    for name, key in (("", "default"), (GAUGED, "gauged"), (PLAIN, "plain")):
         row(
             f"Captum pointwise, {method}" + name,
             took["captum"] / took[key],
