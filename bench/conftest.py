@@ -227,7 +227,7 @@ def measure(benchmark, pytestconfig, limits, request, choice):
 
         start = benchmark._timer()
         timed()
-        rounds = min(max(int(0.4 / (benchmark._timer() - start + 1e-9)), 3), 100)
+        rounds = min(max(int(0.2 / (benchmark._timer() - start + 1e-9)), 3), 100)
         benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is None:  # under --benchmark-disable
             return
