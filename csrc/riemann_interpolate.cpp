@@ -19,24 +19,28 @@ void riemann_interpolate(const void* act, Dtype dtype, const float* alphas, cons
                          int64_t steps, int64_t rows, int64_t neurons, int64_t names_per_row) {
   with_type(dtype, act, [&](auto* rows_in) {
     auto* rows_out = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(rows_in)>>*>(out);
-    // a row, or a piece of all rows, step after step: it is read from memory once
     const int64_t total = rows * neurons;
-    const int64_t width = names ? neurons : kPiece;
-#pragma omp parallel for schedule(static) if (total > kOneThread)
-    for (int64_t first = 0; first < total; first += width) {
-      const auto* from = rows_in + first;
+    if (names) {
+      // step by step: several rows written at once, a multiple of 4 KiB apart, get in each other's way
+#pragma omp parallel for collapse(2) schedule(static) if (total > kOneThread)
       for (int64_t k = 0; k < steps; ++k) {
-        auto* to = rows_out + k * total + first;
-        if (!names) {
-          scale_row(from, alphas[k], to, std::min(width, total - first));
-          continue;
-        }
-        std::memcpy(to, from, neurons * sizeof *to);
-        for (int64_t i = 0; i < names_per_row; ++i) {
-          const int64_t f = names[first / neurons * names_per_row + i];
-          if (f >= 0) narrow(alphas[k] * widen(from[f]), &to[f]);
+        for (int64_t r = 0; r < rows; ++r) {
+          const auto* from = rows_in + r * neurons;
+          auto* to = rows_out + k * total + r * neurons;
+          std::memcpy(to, from, neurons * sizeof *to);
+          for (int64_t i = 0; i < names_per_row; ++i) {
+            const int64_t f = names[r * names_per_row + i];
+            if (f >= 0) narrow(alphas[k] * widen(from[f]), &to[f]);
+          }
         }
       }
+      return;
+    }
+    // a piece of all rows, step after step: it is read from memory once
+#pragma omp parallel for schedule(static) if (total > kOneThread)
+    for (int64_t first = 0; first < total; first += kPiece) {
+      for (int64_t k = 0; k < steps; ++k)
+        scale_row(rows_in + first, alphas[k], rows_out + k * total + first, std::min(kPiece, total - first));
     }
   });
 }
