@@ -15,8 +15,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest
 
+# what takes a CPU less than 5 minutes; all of it is `pytest bench`
+QUICK := not (test_bench_locate and (vision or captum or memory)) and not (test_bench_misdirect and (memory or 32))
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-columns=min,median,rounds
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-columns=min,median,rounds -k '$(QUICK)'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
