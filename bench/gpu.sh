@@ -67,11 +67,11 @@ if [ "$dry" = 1 ]; then
   tests=(tests/test_riemann_accumulate.py tests/test_reference.py)
 fi
 
-part build 80 bash -c build
+part build 75 bash -c build
 part backends 15 "$python" -c 'from mipfast import backend; [print(*row) for row in backend.status()]'
 part ceilings 15 "$python" bench/ceilings.py "${ceilings[@]}"
-part tests 80 "$python" -m pytest -q "${tests[@]}"
-part large 200 "$python" -m pytest -q bench/test_bench_large.py "${large[@]}" --locate-json="$out/large.json"
+part tests 70 "$python" -m pytest -q "${tests[@]}"
+part large 215 "$python" -m pytest -q bench/test_bench_large.py "${large[@]}" --locate-json="$out/large.json"
 part locate 90 "$python" -m pytest -q "${locate[@]}" --locate-json="$out/locate.json"
 part ops 120 "$python" -m pytest -q bench "${bench[@]}" --benchmark-json="$out/ops.json"
 

@@ -42,14 +42,16 @@ MODELS = {
     "Qwen2.5-VL-32B": (5120, 27648, 64, 40, 8, 152064),
     "Qwen2.5-VL-72B": (8192, 29568, 80, 64, 8, 152064),
 }
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
 PROFILED = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
 PROMPT, ANSWER, PATCHES = 256, 16, 1024
 ROUNDS = 5
 
 
-def shape(model):
-    hidden, neurons, layers, heads, kv_heads, words = MODELS[model]
-    text = dict(
+def text_sizes(row):
+    """A row of MODELS in the words of a text_config."""
+    hidden, neurons, layers, heads, kv_heads, words = row
+    return dict(
         vocab_size=words,
         hidden_size=hidden,
         intermediate_size=neurons,
@@ -57,7 +59,11 @@ def shape(model):
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
     )
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden)
+
+
+def shape(model):
+    text = text_sizes(MODELS[model])
+    vision = VISION | dict(out_hidden_size=text["hidden_size"])
     return Shape.of(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 

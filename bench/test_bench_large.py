@@ -30,7 +30,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import released  # noqa: E402
-from profile_ops import MODELS, PROFILED, SIZES  # noqa: E402
+from profile_ops import MODELS, PROFILED, SIZES, VISION, text_sizes  # noqa: E402
 from test_bench_locate import DEVICE, assert_lean, image_batch, seconds, text_batch  # noqa: E402
 
 from mipfast import LocateConfig, chunks, locate  # noqa: E402
@@ -44,33 +44,28 @@ FLOOR = 2  # our seconds over the cost model's, at most
 # a row of MODELS, and of SIZES
 TOY = (64, 160, 3, 4, 2, 500)
 TOY_SIZES = {"text": dict(prompt=12, answer=4), "vision": dict(prompt=8, answer=4, patches=64)}
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
+GLOBAL = [7, 15, 23, 31]  # blocks of the tower without windows
 TOY_VISION = dict(depth=4, hidden_size=64, intermediate_size=172, num_heads=4, fullatt_block_indexes=[1, 3])
 
 
 def random_model(name, dry):
     """Made where it will run, in bfloat16 from the start."""
-    hidden, neurons, layers, heads, kv_heads, words = TOY if dry else MODELS[name]
-    pair = hidden // heads // 2
+    text = text_sizes(TOY if dry else MODELS[name])
+    hidden, pair = text["hidden_size"], text["hidden_size"] // text["num_attention_heads"] // 2
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=words,
-            hidden_size=hidden,
-            intermediate_size=neurons,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+        text_config=text
+        | dict(
             rope_theta=1e6,
             rope_scaling=dict(type="mrope", mrope_section=[pair // 4, pair * 3 // 8, pair * 3 // 8]),
             bos_token_id=1,
             eos_token_id=2,
         ),
-        vision_config=(TOY_VISION if dry else VISION)
+        vision_config=(TOY_VISION if dry else VISION | dict(fullatt_block_indexes=GLOBAL))
         | dict(out_hidden_size=hidden, patch_size=14, spatial_merge_size=2, window_size=112),
         vision_start_token_id=3,
         vision_end_token_id=4,
         image_token_id=5,
-        video_token_id=words - 1,
+        video_token_id=text["vocab_size"] - 1,
         tie_word_embeddings=name.endswith("3B"),
     )
     torch.manual_seed(0)

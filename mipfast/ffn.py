@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mipfast import ops
+from mipfast.modes import replaced_forward
 from mipfast.sites import Stack
 
 # what transformers calls the parts of every gated FFN whose projections are not fused
@@ -25,14 +26,11 @@ _gated: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 @contextmanager
 def fused_ffns(stacks: Iterable[Stack]) -> Iterator[None]:
     """The stacks' gated FFNs by `ops.swiglu`; hooks and wrappers of their projections stay in place."""
-    patched = [ffn for stack in stacks for ffn in stack.ffns if "forward" not in vars(ffn) and _is_gated(ffn)]
-    try:
-        for ffn in patched:
-            ffn.forward = partial(_forward, ffn)  # type: ignore[method-assign]
+    with ExitStack() as patches:
+        for ffn in (ffn for stack in stacks for ffn in stack.ffns):
+            if "forward" not in vars(ffn) and _is_gated(ffn):
+                patches.enter_context(replaced_forward(ffn, partial(_forward, ffn)))
         yield
-    finally:
-        for ffn in patched:
-            vars(ffn).pop("forward", None)
 
 
 def _is_gated(ffn: nn.Module) -> bool:
@@ -53,7 +51,7 @@ def _agrees(ffn: Any) -> bool:
         with torch.no_grad():
             same = (ffn.act_fn(gate) - F.silu(gate)).abs().max() <= 1e-6
             found, expected = _forward(ffn, x), ffn(x)
-            off, norm = ((t.double()).norm() for t in (found - expected, expected))
+            off, norm = (t.double().norm() for t in (found - expected, expected))
     except Exception:  # it wants more than the state, or returns more
         return False
     # in 16 bits torch rounds once more than the op

@@ -1,8 +1,9 @@
-"""A model held still: evaluation mode, gradients for chosen parameters only; and the model inside PEFT's wrapper."""
+"""A model held still: evaluation mode, gradients for chosen parameters only; a module's forward replaced for a while;
+and the model inside PEFT's wrapper."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,20 @@ def held(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Iterator[N
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Replace a module's forward, and put back what was there."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
 
 
 def unwrapped(model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from mipfast.modes import replaced_forward
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,14 +39,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @contextmanager
 def frozen_linears(model: nn.Module) -> Iterator[None]:
     """The model's nn.Linear layers by `linear`; their weights get no gradient within."""
-    patched = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    try:
-        for module in patched:
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+    with ExitStack() as patches:
+        for module in model.modules():
+            if type(module) is nn.Linear and "forward" not in vars(module):
+                patches.enter_context(replaced_forward(module, partial(_forward, module)))
         yield
-    finally:
-        for module in patched:
-            vars(module).pop("forward", None)
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mipfast.capture import Capture, base_model, label_states, removing, with_states
+from mipfast.modes import replaced_forward
 from mipfast.positions import Labels, Rows, without_labels
 from mipfast.prefix import attending
 
@@ -89,7 +90,7 @@ class Replay:
                     waiting = [states[first + _j]] * (self.copies - 1 - _j)
                     return self._output(torch.cat([gone, starts[_j], *waiting]))
 
-                patches.enter_context(_forward(block, leave))  # not a hook: transformers' own would come first
+                patches.enter_context(replaced_forward(block, leave))  # not a hook: transformers' own would come first
             return self.run()
 
     def clean_gradients(
@@ -187,9 +188,9 @@ class Replay:
                 if entry is not capture.decoder:
                     hook = capture.decoder.register_forward_pre_hook(self._cut_call, with_kwargs=True)
                     patches.enter_context(removing(hook))
-            patches.enter_context(_forward(base, from_entry))
+            patches.enter_context(replaced_forward(base, from_entry))
             for block, state in zip(capture.stack.blocks, self.states, strict=False):
-                patches.enter_context(_forward(block, lambda *_, _state=state, **__: self._output(_state)))
+                patches.enter_context(replaced_forward(block, lambda *_, _state=state, **__: self._output(_state)))
             if layer < capture.stack.num_layers:
                 keep = capture.stack.blocks[layer].register_forward_pre_hook(self._keep_call, with_kwargs=True)
                 patches.enter_context(removing(keep))
@@ -260,7 +261,7 @@ class Replay:
             if len(index) < tokens:
                 projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in ROW_BY_ROW)
                 for module in (self.capture.last_ffn, *projections):
-                    patches.enter_context(_forward(module, partial(at_labels, native=module.forward)))
+                    patches.enter_context(replaced_forward(module, partial(at_labels, native=module.forward)))
             yield
 
     @cached_property
@@ -305,7 +306,7 @@ class _Reached(Exception):
     """Ends a forward pass at a block whose arguments were wanted."""
 
 
-def plan(capture: Capture, clean_states: bool = True) -> tuple[Capture, Replay | None]:
+def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
     """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
     block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
 
@@ -338,16 +339,17 @@ def _adds(clean: Replay, layer: int) -> bool:
     state."""
     capture = clean.capture
     act, weight = capture.activations[layer], capture.stack.outputs[layer].weight
+    own = act @ weight.T
     state, _ = clean.silent(carry=False)
     if capture.stack.name not in _additive.get(capture.model, ()):
         # up to 16 times as loud, so that it is no rounding of the state: a norm behind the FFN hid there in bfloat16
-        before, own = clean.at_rows(state)[0], act @ weight.T
+        before = clean.at_rows(state)[0]
         louder = (before.norm(dim=1) / own.norm(dim=1).clamp(min=torch.finfo(own.dtype).tiny)).clamp(1, 16)[:, None]
         found, _ = clean._block(louder * act[None], None)
         if not _close(clean.at_rows(found)[0], before + louder * own, roundings=4):
             return False
     clean.silents.append(state)
-    clean.push(clean.add_rows(state, (act @ weight.T)[None]), None)
+    clean.push(clean.add_rows(state, own[None]), None)
     return _close(clean.at_rows(clean.states[-1])[0], capture.outputs[layer])
 
 
@@ -421,20 +423,6 @@ def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = 
 def copied(state: torch.Tensor, copies: int) -> torch.Tensor:
     """The states of one copy, repeated."""
     return state.repeat(copies, *[1] * (state.ndim - 1))
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Replace a module's forward, and put back what was there."""
-    before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]
 
 
 def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:
