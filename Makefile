@@ -12,8 +12,9 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(STAMP)
 	$(BIN)/mipfast demo
 
+# every test computes on one thread; a file stays in one process, for its fixtures
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 # what takes a CPU less than 5 minutes; all of it is `pytest bench`
 QUICK := not (test_bench_locate and (vision or captum or memory)) and not (test_bench_misdirect and (memory or 32))
