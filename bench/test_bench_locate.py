@@ -146,7 +146,7 @@ def plain(call):
     """The call by torch's own products."""
 
     def run():
-        with mock.patch.object(products, "_onednn", lambda: False):
+        with mock.patch.object(products, "_faster", lambda: False):
             return call()
 
     return run

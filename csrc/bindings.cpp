@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "linear.h"
 #include "misdirection_loss.h"
 #include "riemann_accumulate.h"
 #include "riemann_interpolate.h"
@@ -108,6 +109,31 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("d_out"), py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("d_gate"),
       py::arg("d_up"), py::arg("size"));
+
+#ifdef MIPFAST_LINEAR
+  m.attr("LEAST_OUTER") = mipfast::kLeastOuter;
+  m.def(
+      "linear",
+      [](uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t out,
+         int64_t rows, int64_t inner, int64_t outer) {
+        py::gil_scoped_release release;
+        mipfast::linear(at<const float>(x), x_stride, at<const float>(weight), weight_stride, at<const float>(bias),
+                        at<float>(out), rows, inner, outer);
+      },
+      py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"),
+      py::arg("out"), py::arg("rows"), py::arg("inner"), py::arg("outer"));
+
+  m.def(
+      "linear_input_gradient",
+      [](uintptr_t d_out, int64_t d_out_stride, uintptr_t weight, int64_t weight_stride, uintptr_t d_x, int64_t rows,
+         int64_t inner, int64_t outer) {
+        py::gil_scoped_release release;
+        mipfast::linear_input_gradient(at<const float>(d_out), d_out_stride, at<const float>(weight), weight_stride,
+                                       at<float>(d_x), rows, inner, outer);
+      },
+      py::kw_only(), py::arg("d_out"), py::arg("d_out_stride"), py::arg("weight"), py::arg("weight_stride"),
+      py::arg("d_x"), py::arg("rows"), py::arg("inner"), py::arg("outer"));
+#endif
 
 #ifdef MIPFAST_CUDA
   m.def("cuda_trouble", &mipfast::cuda_trouble);

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mipfast.backend import choose, load_extension
 from mipfast.modes import replaced_forward
 
 
@@ -22,14 +23,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., K], weight [N, K] of any strides, bias [N] -> [..., N]. Differentiable in x alone, in reverse
     and in forward mode.
 
-    On a CPU with AVX-512 that is not Intel's, float32 products are oneDNN's: torch leaves them to MKL, which takes AVX2
-    there (512 -> 1536 at 32 rows, GFLOP/s: 97 and oneDNN 186 on an AMD EPYC with AVX-512 of full width, 86 and 92 on a
-    Zen 4). oneDNN compiles for each shape (.3 ms) and keeps .5 to 1 MB for each of the last 1024."""
+    On a CPU with AVX-512 that is not Intel's, float32 products are csrc/linear.cpp's, which reads each weight once and
+    where it lies: torch gives them to MKL, which takes AVX2 there and first copies the weight into another order
+    (docs/kernels.md). There no row's result depends on the others, nor on the number of threads."""
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None:  # one product, not two of half the rows
         both = linear(torch.stack([primal, tangent]), weight)
         return forward_ad.make_dual(both[0] if bias is None else both[0] + bias, both[1])
-    if not (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _onednn()):
+    if not (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _faster() and choose(x) == "cpp"):
         return F.linear(x, weight, bias)
     if x.requires_grad and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
@@ -50,25 +51,52 @@ def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     return linear(input, module.weight, module.bias)
 
 
-def _onednn() -> bool:
-    return _faster() and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags(enabled=False) is a user's no
-
-
 @functools.cache
 def _faster() -> bool:
-    """Whether this torch has oneDNN's product, and on a CPU where it is the faster one. (On Intel's own MKL takes
-    AVX-512 too, and nobody has measured which is.)"""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Whether mipfast._C has the products, on a CPU where they are the faster ones. (On Intel's own MKL takes AVX-512
+    too, and nobody has measured which are.)"""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(load_extension(), "linear"):
         return False
     cpu = Path("/proc/cpuinfo")
     return cpu.exists() and "GenuineIntel" not in cpu.read_text()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not x.numel() or not weight.numel():
+    outer, inner = weight.shape
+    rows = x.numel() // inner if inner else 0
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    if not rows * outer or not (transposed or weight.stride(1) == 1 and outer >= load_extension().LEAST_OUTER):
         return F.linear(x, weight, bias)
-    # a bias that is not contiguous would be read as if it were
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
+    flat = x.reshape(rows, inner)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    out = torch.empty(*x.shape[:-1], outer)
+    if transposed:
+        load_extension().linear_input_gradient(
+            d_out=flat.data_ptr(),
+            d_out_stride=flat.stride(0),
+            weight=weight.data_ptr(),
+            weight_stride=weight.stride(1),
+            d_x=out.data_ptr(),
+            rows=rows,
+            inner=outer,
+            outer=inner,
+        )
+        return out if bias is None else out.add_(bias)
+    if bias is not None:
+        bias = bias.contiguous()
+    load_extension().linear(
+        x=flat.data_ptr(),
+        x_stride=flat.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        bias=0 if bias is None else bias.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        inner=inner,
+        outer=outer,
+    )
+    return out
 
 
 class _Linear(torch.autograd.Function):

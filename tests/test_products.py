@@ -1,5 +1,7 @@
 """Products with frozen weights: float64 is the gold, and a model is left as it was found."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -8,13 +10,13 @@ from accuracy import assert_accurate
 from tiny import text_batch, tiny_llama
 from torch import nn
 
-from mipfast import locate, products
+from mipfast import locate, ops, products
 from mipfast.products import frozen_linears, linear
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-SHAPES = [(1, 1, 1), (3, 63, 1000), (123, 431, 17), (64, 512, 96)]  # rows, K, N
-by_onednn = pytest.mark.skipif(not products._faster(), reason="torch's own products are taken on this CPU")
+SHAPES = [(1, 1, 1), (3, 63, 1000), (17, 80, 11), (123, 431, 17), (64, 512, 96), (300, 33, 210)]  # rows, K, N
+by_ours = pytest.mark.skipif(not products._faster(), reason="torch's own products are taken on this CPU")
 
 
 def tensors(rows, inner, outer, layout="plain"):
@@ -76,18 +78,48 @@ def test_forward_mode(dtype, with_bias):
     assert_accurate(found.tangent, gold(moved, weight, None), F.linear(moved, weight))
 
 
-@by_onednn
-def test_onednn_can_be_refused():
-    def ran(call):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            result = call()
-        return result, "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+@by_ours
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=lambda s: "x".join(map(str, s)))
+def test_rows_and_threads_change_no_bit(shape):
+    if shape[2] < 12:
+        pytest.skip("torch's product: fewer outputs than one tile has")
+    x, weight, bias = tensors(*shape)
+    d_out = torch.randn(shape[0], shape[2])
 
+    def both(part):
+        leaf = x[part].requires_grad_()
+        found = linear(leaf, weight, bias)
+        return found.detach(), torch.autograd.grad(found, leaf, d_out[part])[0]
+
+    whole = both(slice(None))
+    assert all(a[2:].equal(b) for a, b in zip(whole, both(slice(2, None)), strict=True))
+    assert all(a[:1].equal(b) for a, b in zip(whole, both(slice(1)), strict=True))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert all(a.equal(b) for a, b in zip(whole, both(slice(None)), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@by_ours
+def test_nothing_is_written_beside_the_result():
+    x, weight, _ = tensors(5, 37, 29)
+    for call, columns in (
+        (lambda: products._product(x, weight, None), 29),
+        (lambda: products._product(x, weight.t().contiguous().t(), None), 29),
+    ):
+        room = torch.full((7, columns), 3.0)
+        with mock.patch.object(torch, "empty", lambda *size: room[1:6]):
+            call()
+        assert (room[0] == 3).all() and (room[6] == 3).all() and not (room[1:6] == 3).any()
+
+
+@by_ours
+def test_the_backend_decides():
     args = tensors(8, 63, 17)
-    assert ran(lambda: linear(*args))[1]
-    with torch.backends.mkldnn.flags(enabled=False):
-        found, took = ran(lambda: linear(*args))
-        assert not took and found.equal(F.linear(*args))
+    with ops.backend("reference"):
+        assert linear(*args).equal(F.linear(*args))
 
 
 def test_a_model_is_left_as_it_was():
@@ -111,7 +143,7 @@ def test_locate_by_either():
     model = tiny_llama()
     batch = text_batch(model, [9, 7], [3, 2])
     found = locate(model, batch)
-    with torch.backends.mkldnn.flags(enabled=False):
+    with mock.patch.object(products, "_faster", lambda: False):
         expected = locate(model, batch)
     scale = expected.scores.abs().amax(2, keepdim=True)
     assert ((found.scores - expected.scores).abs() / scale).max() < 1e-5
