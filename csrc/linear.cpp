@@ -18,6 +18,10 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kOneThread = 1 << 20;  // products; fewer are not worth waking a second thread for
 
+MIPFAST_AVX512 MIPFAST_INLINE __mmask16 first_lanes(int64_t count) {
+  return count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+}
+
 // linear: rows of x side by side in vectors, times weights one by one. Those are read where they lie, each once.
 constexpr int kOuter = kLeastOuter;  // 12 x 2 sums and 2 operands of 32 registers
 constexpr int64_t kRows = 128;       // turned at a time: of 1536 inner they and the weights fit in 1 MiB
@@ -26,16 +30,51 @@ struct Free {
   void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
-// one block of up to 32 rows -> [inner, 16 or 32], zeros where there is no row
-void turn(const float* x, int64_t stride, int64_t rows, int64_t inner, int64_t width, float* turned) {
-  for (int64_t r = 0; r < width; ++r)
-    for (int64_t k = 0; k < inner; ++k) turned[k * width + r] = r < rows ? x[r * stride + k] : 0.f;
+MIPFAST_AVX512 MIPFAST_INLINE void transpose(__m512 (&a)[16]) {
+  __m512 b[16];
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  const auto pairs = [&](int i) MIPFAST_AVX512 { return _mm512_castps_pd(b[i]); };
+  for (int i = 0; i < 16; i += 4) {  // then lane l of a[i + j] is column 4 l + j of rows i to i + 3
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(i), pairs(i + 2)));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(i), pairs(i + 2)));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(i + 1), pairs(i + 3)));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(i + 1), pairs(i + 3)));
+  }
+  for (int j = 0; j < 4; ++j) {
+    b[j] = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88);
+    b[4 + j] = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    b[8 + j] = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    b[12 + j] = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; ++j) {
+    a[j] = _mm512_shuffle_f32x4(b[j], b[8 + j], 0x88);
+    a[4 + j] = _mm512_shuffle_f32x4(b[4 + j], b[12 + j], 0x88);
+    a[8 + j] = _mm512_shuffle_f32x4(b[j], b[8 + j], 0xdd);
+    a[12 + j] = _mm512_shuffle_f32x4(b[4 + j], b[12 + j], 0xdd);
+  }
+}
+
+// rows of x -> [inner, width], zeros where there is no row
+MIPFAST_AVX512 void turn(const float* x, int64_t stride, int64_t rows, int64_t inner, int64_t width, float* turned) {
+  for (int64_t r = 0; r < width; r += kLanes)
+    for (int64_t k = 0; k < inner; k += kLanes) {
+      __m512 block[16];
+      for (int64_t i = 0; i < 16; ++i)
+        block[i] = r + i < rows ? _mm512_maskz_loadu_ps(first_lanes(inner - k), x + (r + i) * stride + k) : __m512{};
+      transpose(block);
+      for (int64_t i = 0; i < std::min(kLanes, inner - k); ++i)
+        _mm512_store_ps(turned + (k + i) * width + r, block[i]);
+    }
 }
 
 template <int kVectors>
 MIPFAST_AVX512 MIPFAST_INLINE void multiply(const float* turned, const float* weight, int64_t stride, int64_t inner,
-                                            bool fetch, float* sums) {
-  __m512 sum[kOuter][kVectors] = {};
+                                            bool fetch, __m512 (&sum)[kOuter][kVectors]) {
+  for (int n = 0; n < kOuter; ++n)
+    for (int v = 0; v < kVectors; ++v) sum[n][v] = __m512{};
   for (int64_t start = 0; start < inner; start += kLanes) {
     if (fetch)
       for (int n = 0; n < kOuter; ++n) MIPFAST_PREFETCH(weight + (kOuter + n) * stride + start);
@@ -48,8 +87,23 @@ MIPFAST_AVX512 MIPFAST_INLINE void multiply(const float* turned, const float* we
       }
     }
   }
-  for (int n = 0; n < kOuter; ++n)
-    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sums + (n * kVectors + v) * kLanes, sum[n][v]);
+}
+
+// one tile of the result: kOuter columns of up to 16 kVectors rows, but for the first `done` columns
+template <int kVectors>
+MIPFAST_AVX512 void tile(const float* turned, const float* weight, int64_t stride, int64_t inner, bool fetch,
+                         const float* bias, float* out, int64_t outer, int64_t rows, int64_t done) {
+  __m512 sum[kOuter][kVectors];
+  multiply<kVectors>(turned, weight, stride, inner, fetch, sum);
+  const auto written = static_cast<__mmask16>(first_lanes(kOuter) & ~first_lanes(done));
+  const __m512 shift = bias ? _mm512_maskz_loadu_ps(written, bias) : __m512{};
+  for (int v = 0; v < kVectors; ++v) {
+    __m512 block[16] = {};
+    for (int n = 0; n < kOuter; ++n) block[n] = sum[n][v];
+    transpose(block);
+    for (int64_t i = 0; i < std::min(kLanes, rows - v * kLanes); ++i)
+      _mm512_mask_storeu_ps(out + (v * kLanes + i) * outer, written, _mm512_add_ps(block[i], shift));
+  }
 }
 
 // linear_input_gradient: weights side by side in vectors, a piece of their rows at a time, which lies together
@@ -110,15 +164,10 @@ MIPFAST_AVX512 void linear(const float* x, int64_t x_stride, const float* weight
 #pragma omp parallel for schedule(static) if (rows * inner * outer > kOneThread)
     for (int64_t n = 0; n < outer; n += kOuter) {
       const int64_t first = std::min(n, outer - kOuter);  // the last tile may begin in the one before
-      alignas(64) float sums[kOuter * 2 * kLanes];
-      for (int64_t r = start; r < end; r += 2 * kLanes) {
-        const bool two = end - r > kLanes;
-        (two ? multiply<2> : multiply<1>)(turned + (r - start) * inner, weight + first * weight_stride, weight_stride,
-                                          inner, r == start, sums);
-        for (int64_t i = 0; i < std::min(2 * kLanes, end - r); ++i)
-          for (int64_t j = n - first; j < kOuter; ++j)
-            out[(r + i) * outer + first + j] = sums[j * (two ? 2 : 1) * kLanes + i] + (bias ? bias[first + j] : 0.f);
-      }
+      for (int64_t r = start; r < end; r += 2 * kLanes)
+        (end - r > kLanes ? tile<2> : tile<1>)(turned + (r - start) * inner, weight + first * weight_stride,
+                                               weight_stride, inner, r == start, bias ? bias + first : nullptr,
+                                               out + r * outer + first, outer, end - r, n - first);
     }
   }
 }
@@ -126,20 +175,20 @@ MIPFAST_AVX512 void linear(const float* x, int64_t x_stride, const float* weight
 MIPFAST_AVX512 void linear_input_gradient(const float* d_out, int64_t d_out_stride, const float* weight,
                                           int64_t weight_stride, float* d_x, int64_t rows, int64_t inner,
                                           int64_t outer) {
-  constexpr int64_t kColumns = kWide * kLanes;
-  constexpr int64_t kChunk = 4 * kColumns;  // columns of one thread
+  constexpr int64_t kChunk = 4 * kWide * kLanes;  // columns of one thread
 #pragma omp parallel for schedule(static) if (rows * inner * outer > kOneThread)
   for (int64_t chunk = 0; chunk < inner; chunk += kChunk) {
     const int64_t end = std::min(inner, chunk + kChunk);
     for (int64_t start = 0; start < rows; start += kRows) {
       for (int64_t n = 0; n < outer; n += kPiece) {
-        for (int64_t k = chunk; k < end; k += kColumns) {
-          const int64_t width = std::min(kColumns, end - k);
-          const int64_t vectors = (width + kLanes - 1) / kLanes;
-          const auto last = static_cast<__mmask16>(0xffff >> (vectors * kLanes - width));
+        int64_t vectors;
+        for (int64_t k = chunk; k < end; k += vectors * kLanes) {
+          const int64_t left = (end - k + kLanes - 1) / kLanes;
+          vectors = left == 4 ? 2 : std::min<int64_t>(left, kWide);  // one alone waits for its sums
           const auto add = vectors == 3 ? add_products<3> : vectors == 2 ? add_products<2> : add_products<1>;
           add(d_out + start * d_out_stride + n, d_out_stride, weight + n * weight_stride + k, weight_stride,
-              std::min(kPiece, outer - n), n == 0, d_x + start * inner + k, inner, std::min(kRows, rows - start), last);
+              std::min(kPiece, outer - n), n == 0, d_x + start * inner + k, inner, std::min(kRows, rows - start),
+              first_lanes(end - k - (vectors - 1) * kLanes));
         }
       }
     }
