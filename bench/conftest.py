@@ -202,7 +202,7 @@ def measure(benchmark, pytestconfig, limits, request, choice):
         if provider in shapes.KERNELS:
             choice.enter_context(ops.backend(provider))  # out here: choosing it is no part of the op
         benchmark.group = f"{op} {request.node.callspec.id.removeprefix(provider + '-')} {shapes.DEVICE}"
-        reference_op = getattr(reference, op)
+        reference_op = getattr(reference, op, eager)  # plain torch may be the reference
         gold = call_of(reference_op, **{name: tensor.double() for name, tensor in inputs.items()})()
         eager32 = call_of(reference_op, **{name: tensor.float() for name, tensor in inputs.items()})()
         for found, exact, ordinary in zip(*map(_listed, (call(), gold, eager32)), strict=True):

@@ -22,6 +22,9 @@ MIPFAST_AVX512 MIPFAST_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
+// products summed by themselves before they join the rest: as exact as MKL's order, where one after the other is not
+constexpr int64_t kPiece = 64;
+
 // linear: rows of x side by side in vectors, times weights one by one. Those are read where they lie, each once.
 constexpr int kOuter = kLeastOuter;  // 12 x 2 sums and 2 operands of 32 registers
 constexpr int64_t kRows = 128;       // turned at a time: of 1536 inner they and the weights fit in 1 MiB
@@ -36,12 +39,11 @@ MIPFAST_AVX512 MIPFAST_INLINE void transpose(__m512 (&a)[16]) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
   }
-  const auto pairs = [&](int i) MIPFAST_AVX512 { return _mm512_castps_pd(b[i]); };
   for (int i = 0; i < 16; i += 4) {  // then lane l of a[i + j] is column 4 l + j of rows i to i + 3
-    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(i), pairs(i + 2)));
-    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(i), pairs(i + 2)));
-    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(i + 1), pairs(i + 3)));
-    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(i + 1), pairs(i + 3)));
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
   }
   for (int j = 0; j < 4; ++j) {
     b[j] = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88);
@@ -93,13 +95,18 @@ MIPFAST_AVX512 MIPFAST_INLINE void multiply(const float* turned, const float* we
 template <int kVectors>
 MIPFAST_AVX512 void tile(const float* turned, const float* weight, int64_t stride, int64_t inner, bool fetch,
                          const float* bias, float* out, int64_t outer, int64_t rows, int64_t done) {
-  __m512 sum[kOuter][kVectors];
-  multiply<kVectors>(turned, weight, stride, inner, fetch, sum);
+  __m512 total[kOuter][kVectors] = {};
+  for (int64_t k = 0; k < inner; k += kPiece) {
+    __m512 sum[kOuter][kVectors];
+    multiply<kVectors>(turned + k * kVectors * kLanes, weight + k, stride, std::min(kPiece, inner - k), fetch, sum);
+    for (int n = 0; n < kOuter; ++n)
+      for (int v = 0; v < kVectors; ++v) total[n][v] += sum[n][v];
+  }
   const auto written = static_cast<__mmask16>(first_lanes(kOuter) & ~first_lanes(done));
   const __m512 shift = bias ? _mm512_maskz_loadu_ps(written, bias) : __m512{};
   for (int v = 0; v < kVectors; ++v) {
     __m512 block[16] = {};
-    for (int n = 0; n < kOuter; ++n) block[n] = sum[n][v];
+    for (int n = 0; n < kOuter; ++n) block[n] = total[n][v];
     transpose(block);
     for (int64_t i = 0; i < std::min(kLanes, rows - v * kLanes); ++i)
       _mm512_mask_storeu_ps(out + (v * kLanes + i) * outer, written, _mm512_add_ps(block[i], shift));
@@ -107,7 +114,6 @@ MIPFAST_AVX512 void tile(const float* turned, const float* weight, int64_t strid
 }
 
 // linear_input_gradient: weights side by side in vectors, a piece of their rows at a time, which lies together
-constexpr int64_t kPiece = 64;
 constexpr int kTall = 8;  // 8 x 3 sums and 3 operands of 32 registers
 constexpr int kWide = 3;
 
@@ -126,10 +132,7 @@ MIPFAST_AVX512 void add_products(const float* d_out, int64_t d_out_stride, const
     }
     __m512 sum[kTall][kVectors];
     for (int i = 0; i < kTall; ++i)
-      for (int v = 0; v < kVectors; ++v) {
-        const __mmask16 there = first ? 0 : v + 1 < kVectors ? kAll : last;
-        sum[i][v] = _mm512_maskz_loadu_ps(there, to[i] + v * kLanes);
-      }
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = __m512{};
     for (int64_t n = 0; n < outer; ++n) {
       __m512 w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -142,6 +145,10 @@ MIPFAST_AVX512 void add_products(const float* d_out, int64_t d_out_stride, const
         for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_fmadd_ps(d, w[v], sum[i][v]);
       }
     }
+    if (!first)  // all are read before one is written, as the last row may stand there twice
+      for (int i = 0; i < kTall; ++i)
+        for (int v = 0; v < kVectors; ++v)
+          sum[i][v] += _mm512_maskz_loadu_ps(v + 1 < kVectors ? kAll : last, to[i] + v * kLanes);
     for (int i = 0; i < kTall; ++i)
       for (int v = 0; v < kVectors; ++v)
         _mm512_mask_storeu_ps(to[i] + v * kLanes, v + 1 < kVectors ? kAll : last, sum[i][v]);

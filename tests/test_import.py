@@ -19,7 +19,7 @@ FORBIDDEN = {
     "reference": {"backend", "ops"} | ENGINE | LOCATING,
     "backend": {"reference", "ops"} | ENGINE | LOCATING,
     "ops": ENGINE | LOCATING,
-    "products": {"reference", "backend", "ops"} | ENGINE | LOCATING,
+    "products": {"reference", "ops"} | ENGINE | LOCATING,
     **{name: LOCATING for name in ENGINE},
     **{name: {"attribution", "path", "replay", "unlearning"} for name in EDITING},
     **{name: ENGINE | LOCATING for name in ("evaluation", "data", "metrics", "report", "page", "comparison")},

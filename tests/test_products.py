@@ -52,6 +52,11 @@ def test_value_and_gradient(shape, layout, with_bias):
     assert_accurate(gradient, d_out.double() @ weight.double(), d_out @ weight)
 
 
+@pytest.mark.parametrize("shape", [(20, 5000, 40), (20, 40, 5000)], ids=lambda s: "x".join(map(str, s)))
+def test_long_sums_are_as_exact_as_torch_s(shape):
+    test_value_and_gradient(shape, "plain", False)
+
+
 def test_any_number_of_dimensions():
     x, weight, bias = tensors(24, 33, 5)
     assert linear(x.view(2, 3, 4, 33), weight, bias).equal(linear(x, weight, bias).view(2, 3, 4, 5))
@@ -103,16 +108,13 @@ def test_rows_and_threads_change_no_bit(shape):
 
 
 @by_ours
-def test_nothing_is_written_beside_the_result():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_is_written_beside_the_result(transposed):
     x, weight, _ = tensors(5, 37, 29)
-    for call, columns in (
-        (lambda: products._product(x, weight, None), 29),
-        (lambda: products._product(x, weight.t().contiguous().t(), None), 29),
-    ):
-        room = torch.full((7, columns), 3.0)
-        with mock.patch.object(torch, "empty", lambda *size: room[1:6]):
-            call()
-        assert (room[0] == 3).all() and (room[6] == 3).all() and not (room[1:6] == 3).any()
+    room = torch.full((7, 29), 3.0)
+    with mock.patch.object(torch, "empty", lambda *size: room[1:6]):
+        linear(x, weight.t().contiguous().t() if transposed else weight)
+    assert (room[0] == 3).all() and (room[6] == 3).all() and not (room[1:6] == 3).any()
 
 
 @by_ours
