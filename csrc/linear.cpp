@@ -18,16 +18,17 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kOneThread = 1 << 20;  // products; fewer are not worth waking a second thread for
 
-MIPFAST_AVX512 MIPFAST_INLINE __mmask16 first_lanes(int64_t count) {
+MIPFAST_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
 // products summed by themselves before they join the rest: as exact as MKL's order, where one after the other is not
 constexpr int64_t kPiece = 64;
 
-// linear: rows of x side by side in vectors, times weights one by one. Those are read where they lie, each once.
+// linear: rows of x side by side in vectors, times weights one by one, which are read where they lie.
 constexpr int kOuter = kLeastOuter;  // 12 x 2 sums and 2 operands of 32 registers
 constexpr int64_t kRows = 64;        // at a time: of 1536 inner they fit in half of a second-level cache of 1 MiB
+static_assert(kRows % (2 * kLanes) == 0, "blocks of rows are written one after the other");
 
 struct Free {
   void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
@@ -113,7 +114,7 @@ MIPFAST_AVX512 void tile(const float* turned, const float* weight, int64_t strid
   }
 }
 
-// linear_input_gradient: weights side by side in vectors, a piece of their rows at a time, which lies together
+// linear_input_gradient: weights side by side in vectors, kPiece of their rows at a time: neighbours in memory
 constexpr int kTall = 8;  // 8 x 3 sums and 3 operands of 32 registers
 constexpr int kWide = 3;
 
@@ -182,7 +183,7 @@ MIPFAST_AVX512 void linear(const float* x, int64_t x_stride, const float* weight
 MIPFAST_AVX512 void linear_input_gradient(const float* d_out, int64_t d_out_stride, const float* weight,
                                           int64_t weight_stride, float* d_x, int64_t rows, int64_t inner,
                                           int64_t outer) {
-  constexpr int64_t kChunk = 4 * kWide * kLanes;  // columns of one thread
+  constexpr int64_t kChunk = 4 * kWide * kLanes;  // columns that a thread takes at a time
 #pragma omp parallel for schedule(static) if (rows * inner * outer > kOneThread)
   for (int64_t chunk = 0; chunk < inner; chunk += kChunk) {
     const int64_t end = std::min(inner, chunk + kChunk);
@@ -191,7 +192,7 @@ MIPFAST_AVX512 void linear_input_gradient(const float* d_out, int64_t d_out_stri
         int64_t vectors;
         for (int64_t k = chunk; k < end; k += vectors * kLanes) {
           const int64_t left = (end - k + kLanes - 1) / kLanes;
-          vectors = left == 4 ? 2 : std::min<int64_t>(left, kWide);  // one alone waits for its sums
+          vectors = left == 4 ? 2 : std::min<int64_t>(left, kWide);  // 8 sums alone wait for each other
           const auto add = vectors == 3 ? add_products<3> : vectors == 2 ? add_products<2> : add_products<1>;
           add(d_out + start * d_out_stride + n, d_out_stride, weight + n * weight_stride + k, weight_stride,
               std::min(kPiece, outer - n), n == 0, d_x + start * inner + k, inner, std::min(kRows, rows - start),

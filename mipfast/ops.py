@@ -110,7 +110,7 @@ def _riemann_interpolate_cpp(act, alphas, neurons):
         return reference.riemann_interpolate(act, alphas)
     act, alphas = act.contiguous(), alphas.to(torch.float32).contiguous()
     neurons = None if neurons is None else neurons.contiguous()
-    out = torch.empty(len(alphas), *act.shape, dtype=act.dtype)
+    out = torch.empty(len(alphas), *act.shape, dtype=act.dtype, device=act.device)
     load_extension().riemann_interpolate(
         act=act.data_ptr(),
         dtype=_cpp_dtype(act.dtype),
@@ -201,7 +201,7 @@ def _riemann_accumulate(grad, weights, act, groups):
 def _riemann_accumulate_cpp(grad, weights, act, groups):
     grad = grad.contiguous()
     act = None if act is None else act.contiguous()
-    s1 = torch.empty(groups, grad.shape[2], dtype=torch.float32)
+    s1 = torch.empty(groups, grad.shape[2], dtype=torch.float32, device=grad.device)
     s2 = torch.empty_like(s1)
     load_extension().riemann_accumulate(**_accumulate_arguments(grad, weights, act, s1, s2))
     return s1, s2
@@ -316,7 +316,7 @@ def _project_accumulate(grad_out, weight, weights, act, groups):
             grad_out, weight = grad_out.to(torch.float32), weight.to(torch.float32)
         num_groups = grad_out.shape[1] if groups is None else groups
         return launch(grad_out, weight, weights.to(torch.float32).contiguous(), act, num_groups)
-    grad = linear(grad_out.to(torch.float32), weight.to(torch.float32).t())
+    grad = linear(grad_out.to(torch.float32), weight.to(torch.float32).t()).to(torch.float32)  # not autocast's
     weights = weights.to(torch.float32).contiguous()
     num_groups = grad.shape[1] if groups is None else groups
     return (_riemann_accumulate_cuda if name == "cuda" else _riemann_accumulate_cpp)(grad, weights, act, num_groups)
@@ -386,7 +386,7 @@ def _project(act, weight, alphas, neurons):
         from mipfast_kernels.riemann_project import riemann_project as launch
 
         return launch(act, weight, alphas.to(torch.float32).contiguous(), neurons)
-    base = linear(act, weight)
+    base = linear(act, weight).to(act.dtype)  # which autocast may have made another
     if neurons is None:
         return (_riemann_interpolate_cpp if name == "cpp" else reference.riemann_interpolate)(base, alphas, None)
     if name == "cpp":
@@ -400,7 +400,7 @@ def _project(act, weight, alphas, neurons):
 def _riemann_project_cpp(base, act, weight, alphas, neurons):
     base, act, weight, neurons = base.contiguous(), act.contiguous(), weight.contiguous(), neurons.contiguous()
     alphas = alphas.to(torch.float32).contiguous()
-    out = torch.empty(len(alphas), *base.shape, dtype=base.dtype)
+    out = torch.empty(len(alphas), *base.shape, dtype=base.dtype, device=base.device)
     load_extension().riemann_project(
         base=base.data_ptr(),
         act=act.data_ptr(),

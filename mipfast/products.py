@@ -23,14 +23,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., K], weight [N, K] of any strides, bias [N] -> [..., N]. Differentiable in x alone, in reverse
     and in forward mode.
 
-    On a CPU with AVX-512 that is not Intel's, float32 products are csrc/linear.cpp's, which reads each weight once and
-    where it lies: torch gives them to MKL, which takes AVX2 there and first copies the weight into another order
+    On a CPU with AVX-512 that is not Intel's, float32 products are csrc/linear.cpp's, which reads weights where they
+    lie: torch gives them to MKL, which takes AVX2 there and first copies the weight into another order
     (docs/kernels.md). There no row's result depends on the others, nor on the number of threads."""
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None:  # one product, not two of half the rows
         both = linear(torch.stack([primal, tangent]), weight)
         return forward_ad.make_dual(both[0] if bias is None else both[0] + bias, both[1])
-    if not (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _faster() and choose(x) == "cpp"):
+    if not _takes(x, weight, bias):
         return F.linear(x, weight, bias)
     if x.requires_grad and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
@@ -51,9 +51,22 @@ def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     return linear(input, module.weight, module.bias)
 
 
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether csrc/linear.cpp takes these; what does not fit together is torch's to refuse."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+        and x.shape[-1:] == weight.shape[1:]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and _faster()
+        and not torch.is_autocast_enabled("cpu")
+        and choose(x) == "cpp"
+    )
+
+
 @functools.cache
 def _faster() -> bool:
-    """Whether mipfast._C has the products, on a CPU where they are the faster ones. (On Intel's own MKL takes AVX-512
+    """Whether mipfast._C has the products, on a CPU where they are the faster ones. (On Intel's own, MKL takes AVX-512
     too, and nobody has measured which are.)"""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(load_extension(), "linear"):
         return False
@@ -70,7 +83,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(rows, inner)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    out = torch.empty(*x.shape[:-1], outer)
+    out = torch.empty(*x.shape[:-1], outer, dtype=x.dtype, device=x.device)
     if transposed:
         load_extension().linear_input_gradient(
             d_out=flat.data_ptr(),
