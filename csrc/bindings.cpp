@@ -15,7 +15,8 @@ using mipfast::Dtype;
 
 namespace {
 
-// Addresses, not tensors: one binary serves every torch, and mipfast/ops.py or products.py has checked what they point to.
+// Addresses, not tensors: one binary serves every torch, and mipfast/ops.py and products.py have checked what they
+// point to.
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);

@@ -140,6 +140,21 @@ def test_defaults_of_torch_change_nothing():
         assert linear(x, weight, bias).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("ours", [False, pytest.param(True, marks=by_ours)])
+def test_the_ops_keep_their_dtypes_under_autocast(ours):
+    act, weight, grad = torch.randn(5, 48), torch.randn(24, 48), torch.randn(2, 5, 24)
+    alphas, path = torch.tensor([0.25, 0.75]), torch.tensor([[3]] * 5)
+
+    def run():
+        return ops.riemann_project(act, weight, alphas, neurons=path), *ops.project_accumulate(grad, weight, alphas)
+
+    expected = run()
+    with mock.patch.object(products, "_faster", lambda: ours), torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
 @by_ours
 def test_the_backend_decides():
     args = tensors(8, 63, 17)
