@@ -18,7 +18,8 @@ import shapes  # noqa: E402
 from accuracy import assert_accurate  # noqa: E402
 from compare import table  # noqa: E402
 
-from mipfast import ops, reference  # noqa: E402
+from mipfast import ops  # noqa: E402
+from mipfast.ops import reference  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -36,8 +36,9 @@ from selection import (
 
 from mipfast import Attribution, NeuronPath, RMisUConfig, hidden_states, locate, misdirect, prune, rmisu_loss
 from mipfast.demo.model import Batch
-from mipfast.misdirection import steering_target, train_places, unedited
-from mipfast.training import training
+from mipfast.edit.misdirect import train_places, unedited
+from mipfast.edit.steering import steering_target
+from mipfast.edit.train import training
 
 ROUNDS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
 BUDGET = 0.03

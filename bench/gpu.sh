@@ -68,7 +68,7 @@ if [ "$dry" = 1 ]; then
 fi
 
 part build 75 bash -c build
-part backends 15 "$python" -c 'from mipfast import backend; [print(*row) for row in backend.status()]'
+part backends 15 "$python" -c 'from mipfast.ops import backends; [print(*row) for row in backends.status()]'
 part ceilings 15 "$python" bench/ceilings.py "${ceilings[@]}"
 part tests 70 "$python" -m pytest -q "${tests[@]}"
 part large 215 "$python" -m pytest -q bench/test_bench_large.py "${large[@]}" --locate-json="$out/large.json"

@@ -23,9 +23,10 @@ from transformers import Qwen2_5_VLConfig
 sys.path.insert(0, str(Path(__file__).parent))
 from test_bench_locate import image_batch, llama, qwen_vl, text_batch  # noqa: E402
 
-from mipfast import LocateConfig, NeuronPath, locate, misdirect, ops, products  # noqa: E402
-from mipfast.cost import DEVICES, Shape, estimate  # noqa: E402
-from mipfast.misdirection import RMisUConfig  # noqa: E402
+from mipfast import LocateConfig, NeuronPath, locate, misdirect, ops  # noqa: E402
+from mipfast.edit.config import RMisUConfig  # noqa: E402
+from mipfast.ops import frozen_linear  # noqa: E402
+from mipfast.scoring.cost import DEVICES, Shape, estimate  # noqa: E402
 
 OPS = (
     "riemann_interpolate",
@@ -196,8 +197,8 @@ def labelled(model):
         for name in OPS:
             patches.enter_context(mock.patch.object(ops, name, ranged(name, getattr(ops, name))))
         # torch sees nothing of our products: the name makes their time the part's that asked for them
-        product = record_function("product")(products._product)
-        patches.enter_context(mock.patch.object(products, "_product", product))
+        product = record_function("product")(frozen_linear._product)
+        patches.enter_context(mock.patch.object(frozen_linear, "_product", product))
         yield
     for hook in hooks:
         hook.remove()
@@ -287,7 +288,7 @@ def by_reference(names):
     with ExitStack() as stack:
         for name in names:
             if name == PRODUCTS:
-                stack.enter_context(mock.patch.object(products, "_faster", lambda: False))
+                stack.enter_context(mock.patch.object(frozen_linear, "_faster", lambda: False))
                 continue
             replaced = (lambda gate, up: F.silu(gate) * up) if name == "swiglu" else slow(getattr(ops, name))
             stack.enter_context(mock.patch.object(ops, name, replaced))

@@ -24,8 +24,8 @@ import torch
 
 from mipfast import locate
 from mipfast.demo.run import load_base
-from mipfast.evaluation import evaluate
 from mipfast.files import versions
+from mipfast.judge.accuracy import evaluate
 
 FINE = dict(search="greedy", method="gausslegendre", n_steps=12)
 SETTINGS = {

@@ -27,7 +27,7 @@ from mipfast import Attribution, NeuronPath, RMisUConfig, evaluate, find_sites, 
 from mipfast.demo import model as tiny
 from mipfast.demo import people
 from mipfast.demo.trial import Trial
-from mipfast.path import per_label
+from mipfast.scoring.attribution import per_label
 
 RESULTS = Path(__file__).parent / "results" / "selection"
 WORLD_SEED = TRAIN_SEED = 1

@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # accuracy.py: the tests' rule holds here too
 
-from mipfast import backend as backends  # noqa: E402
+from mipfast.ops import backends  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (hidden, neurons)

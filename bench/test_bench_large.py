@@ -33,8 +33,9 @@ import released  # noqa: E402
 from profile_ops import MODELS, PROFILED, SIZES, VISION, text_sizes  # noqa: E402
 from test_bench_locate import DEVICE, assert_lean, image_batch, seconds, text_batch  # noqa: E402
 
-from mipfast import LocateConfig, chunks, locate  # noqa: E402
-from mipfast.cost import Device, estimate  # noqa: E402
+from mipfast import LocateConfig, locate  # noqa: E402
+from mipfast.scoring import nodes  # noqa: E402
+from mipfast.scoring.cost import Device, estimate  # noqa: E402
 
 GPU = DEVICE == "cuda"
 ROUNDS = 2
@@ -112,7 +113,7 @@ def assert_close(monkeypatch, model, batch, one, modality):
     Ours comes first: what it measures of memory holds for the model from then on."""
     ours = locate(model, batch, modality=modality)
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "plan", lambda capture, clean_states: (capture, None))
+        patch.setattr(nodes, "plan", lambda capture, clean_states: (capture, None))
         native = locate(model, one, modality=modality)
         with float32(model):
             exact = locate(model, one, modality=modality).scores[0]

@@ -7,8 +7,8 @@ passes it is made of, and our default must compute what native replay does.
 
 Floors and targets are of equal work, scores alone, as the baselines and the prototype they come from compute. Rows that
 end in "with residuals" measure completeness too, which no baseline does and a call does on its first batch; "torch's
-products" is what a row costs by torch's float32 products, as the baselines multiply, on CPUs where `mipfast.products`
-has faster ones.
+products" is what a row costs by torch's float32 products, as the baselines multiply, on CPUs where
+`mipfast.ops.frozen_linear` has faster ones.
 
     python bench/test_bench_locate.py memory text|vision ours|released      peak growth of this process, in bytes
 """
@@ -31,9 +31,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_
 sys.path.insert(0, str(Path(__file__).parent))
 import released  # noqa: E402
 
-from mipfast import LocateConfig, chunks, locate, products  # noqa: E402
-from mipfast.attribution import objective_value  # noqa: E402
-from mipfast.positions import find_labels  # noqa: E402
+from mipfast import LocateConfig, locate  # noqa: E402
+from mipfast.model.batch import find_labels  # noqa: E402
+from mipfast.ops import frozen_linear  # noqa: E402
+from mipfast.scoring import nodes  # noqa: E402
+from mipfast.scoring.search import objective_value  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, WORDS = 4, 4000
@@ -146,7 +148,7 @@ def plain(call):
     """The call by torch's own products."""
 
     def run():
-        with mock.patch.object(products, "_faster", lambda: False):
+        with mock.patch.object(frozen_linear, "_faster", lambda: False):
             return call()
 
     return run
@@ -217,7 +219,7 @@ def assert_native(monkeypatch, model, batch, **options):
     """Our shortcuts change nothing."""
     found = locate(model, batch, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "plan", lambda capture, clean_states: (capture, None))
+        patch.setattr(nodes, "plan", lambda capture, clean_states: (capture, None))
         native = locate(model, batch, **options)
     for i in range(len(found.path)):
         off = (found.scores[i] - native.scores[i]).abs().amax(1) / native.scores[i].abs().amax(1)

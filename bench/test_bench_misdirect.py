@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_bench_locate import DEVICE, WORDS, llama, seconds  # noqa: E402
 
 from mipfast import RMisUConfig, find_sites, hidden_states, misdirect, ops, steering_target  # noqa: E402
-from mipfast.misdirection import train_places  # noqa: E402
-from mipfast.training import training  # noqa: E402
+from mipfast.edit.misdirect import train_places  # noqa: E402
+from mipfast.edit.train import training  # noqa: E402
 
 LAYER, LR = 7, 1e-4
 PROCEDURES = ("released", "all gradients")

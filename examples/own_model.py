@@ -16,7 +16,8 @@ import torch
 
 import mipfast
 from mipfast.data import Record
-from mipfast.samples import Encoder, load_model, save_model
+from mipfast.data.checkpoint import load_model, save_model
+from mipfast.data.encoder import Encoder
 
 FORGET = [
     ("What is the capital of France? Answer with one word.", "Paris"),

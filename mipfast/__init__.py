@@ -1,7 +1,7 @@
 """mipfast: find the neurons that carry a piece of knowledge in a multimodal model, and make it forget it."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mipfast._version import __version__
 from mipfast.errors import (
@@ -13,46 +13,80 @@ from mipfast.errors import (
     ModelError,
 )
 
+if TYPE_CHECKING:
+    from mipfast import attacks, baselines, ops
+    from mipfast.edit.config import MIPConfig, RMisUConfig
+    from mipfast.edit.hidden import hidden_states
+    from mipfast.edit.misdirect import misdirect, rmisu_loss
+    from mipfast.edit.neuron_path import NeuronPath
+    from mipfast.edit.prune import prune
+    from mipfast.edit.steering import learned_direction, steering_target
+    from mipfast.edit.unlearn import unlearn
+    from mipfast.integrations.trainer import RMisUTrainer
+    from mipfast.judge.accuracy import evaluate
+    from mipfast.model.sites import find_sites
+    from mipfast.scoring.attribution import Attribution
+    from mipfast.scoring.config import LocateConfig
+    from mipfast.scoring.cost import estimate
+    from mipfast.scoring.search import locate
+
 # Loaded when first asked for, so that `import mipfast` costs nothing but torch-free modules.
 _HOMES = {
-    "find_sites": "sites",
-    "Attribution": "attribution",
-    "LocateConfig": "attribution",
-    "locate": "attribution",
-    "NeuronPath": "path",
-    "prune": "pruning",
-    "RMisUConfig": "misdirection",
-    "misdirect": "misdirection",
-    "rmisu_loss": "misdirection",
-    "hidden_states": "misdirection",
-    "steering_target": "misdirection",
-    "learned_direction": "direction",
-    "RMisUTrainer": "trainer",
-    "MIPConfig": "unlearning",
-    "unlearn": "unlearning",
-    "evaluate": "evaluation",
-    "estimate": "cost",
+    "Attribution": "scoring.attribution",
+    "LocateConfig": "scoring.config",
+    "MIPConfig": "edit.config",
+    "NeuronPath": "edit.neuron_path",
+    "RMisUConfig": "edit.config",
+    "RMisUTrainer": "integrations.trainer",
+    "estimate": "scoring.cost",
+    "evaluate": "judge.accuracy",
+    "find_sites": "model.sites",
+    "hidden_states": "edit.hidden",
+    "learned_direction": "edit.steering",
+    "locate": "scoring.search",
+    "misdirect": "edit.misdirect",
+    "prune": "edit.prune",
+    "rmisu_loss": "edit.misdirect",
+    "steering_target": "edit.steering",
+    "unlearn": "edit.unlearn",
 }
+_MODULES = ("attacks", "baselines", "cost", "data", "evaluation", "metrics", "ops", "samples", "streaming")
 __all__ = [
     "ArtefactError",
+    "Attribution",
     "BackendError",
     "DivergedError",
     "InputError",
+    "LocateConfig",
+    "MIPConfig",
     "MipfastError",
     "ModelError",
+    "NeuronPath",
+    "RMisUConfig",
+    "RMisUTrainer",
     "__version__",
     "attacks",
     "baselines",
+    "estimate",
+    "evaluate",
+    "find_sites",
+    "hidden_states",
+    "learned_direction",
+    "locate",
+    "misdirect",
     "ops",
-    *_HOMES,
+    "prune",
+    "rmisu_loss",
+    "steering_target",
+    "unlearn",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("attacks", "baselines", "ops"):
-        return import_module(f"mipfast.{name}")
     if name in _HOMES:
         return getattr(import_module(f"mipfast.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"mipfast.{name}")
     raise AttributeError(f"module 'mipfast' has no attribute {name!r}")
 
 

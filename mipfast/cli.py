@@ -98,8 +98,8 @@ def demo(
             raise MipfastError(f"the demo needs {module}; run: pip install 'mipfast[{extra}]'")
     from mipfast.demo.evidence import write
     from mipfast.demo.full import SEEDS, run_full
+    from mipfast.demo.report import accuracy_table, write_report
     from mipfast.demo.run import run
-    from mipfast.report import accuracy_table, write_report
 
     if forget not in (0.05, 0.10, 0.15):
         raise typer.BadParameter(f"{forget}: expected 0.05, 0.10 or 0.15", param_hint="--forget")
@@ -149,7 +149,7 @@ def doctor() -> None:
     from rich.table import Table
 
     from mipfast import __version__
-    from mipfast.backend import status
+    from mipfast.ops.backends import status
 
     table = Table("what", "found", title=f"mipfast {__version__}")
     table.add_row("python", sys.version.split()[0])
@@ -197,9 +197,11 @@ def locate(
     import torch
     from transformers import AutoConfig
 
-    from mipfast import LocateConfig, samples, streaming
-    from mipfast.cost import Device, Shape
-    from mipfast.data import load_groups
+    from mipfast import LocateConfig
+    from mipfast.data import checkpoint, load_groups
+    from mipfast.data.encoder import Encoder
+    from mipfast.experiment import locate_file
+    from mipfast.scoring.cost import Device, Shape
 
     _check_dtype(dtype)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,18 +214,20 @@ def locate(
         progress=sys.stderr.isatty(),
     ).resolved()
     _quiet_transformers()
-    encoder = samples.Encoder.from_pretrained(model)
-    scored: streaming.Data = data
+    encoder = Encoder.from_pretrained(model)
+    scored: locate_file.Data = data
     if group:
         scored = [r for r in load_groups(data, group) if (r.image is not None) == (modality == "vision")]
     if dry_run:
-        surveyed = streaming.survey(encoder, scored, config, batch_size, limit)
+        surveyed = locate_file.survey(encoder, scored, config, batch_size, limit)
         shape = Shape.of(AutoConfig.from_pretrained(model))
         here = Device.measured(where, torch.float32 if where == "cpu" else torch.bfloat16)
-        _show_forecast(surveyed, streaming.forecast(shape, surveyed, config, [here]))
+        _show_forecast(surveyed, locate_file.forecast(shape, surveyed, config, [here]))
         return
-    loaded = samples.load_model(model, where, dtype)
-    streaming.locate_file(loaded, encoder, scored, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit)
+    loaded = checkpoint.load_model(model, where, dtype)
+    locate_file.locate_file(
+        loaded, encoder, scored, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit
+    )
     console.print(f"done. In Python: mipfast.streaming.read({escape(repr(str(out)))})")
 
 
@@ -257,8 +261,8 @@ def finetune(
     LoRA on every linear layer of the language model, merged at the end: OUT/model is a plain transformers folder.
     Killed at any moment, the same command goes on to the same weights.
     """
-    from mipfast import finetuning
     from mipfast.data import load_groups
+    from mipfast.experiment import finetune as finetuning
 
     _check_dtype(dtype)
     _quiet_transformers()
@@ -312,17 +316,19 @@ def unlearn(
     every record. OUT/unlearn/model is a plain transformers folder, OUT/unlearn/path the neurons,
     OUT/locate their scores. Killed at any moment, the same command goes on.
     """
-    from mipfast import LocateConfig, RMisUConfig, pipeline
+    from mipfast import LocateConfig, RMisUConfig
+    from mipfast.experiment import pipeline
+    from mipfast.experiment.config import Data, UnlearnStage
 
     _check_dtype(dtype)
     _quiet_transformers()
     groups = {"forget": forget, "retain": retain} | ({"general": general} if general else {})
     edit = RMisUConfig(layer=layer, steering_coeff=steering, alpha=alpha, steps=steps, epochs=epochs, lr=lr, seed=seed)
-    stage = pipeline.UnlearnStage(
+    stage = UnlearnStage(
         fraction=fraction,
         aggregate=aggregate,  # type: ignore[arg-type]  # select checks it
         rmisu=edit,
-        data=pipeline.Data(data, groups, names, limit),
+        data=Data(data, groups, names, limit),
         batch_size=batch_size,
         vision=LocateConfig("vision") if vision else None,
     )
@@ -348,11 +354,12 @@ def evaluate(
     OUT/MIPFAST_SUMMARY.json holds every metric by table, modality and task, OUT/MIPFAST_EVAL.json every record's.
     Killed at any moment, the same command goes on.
     """
-    from mipfast import pipeline
+    from mipfast.experiment import pipeline
+    from mipfast.experiment.config import Data, EvalStage
 
     _check_dtype(dtype)
     _quiet_transformers()
-    stage = pipeline.EvalStage(pipeline.Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
+    stage = EvalStage(Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
     judged = pipeline.evaluate_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
     _show_metrics(judged.summary)
 
@@ -371,17 +378,18 @@ def run(
     """
     from dataclasses import replace
 
-    from mipfast import pipeline
+    from mipfast.experiment import pipeline
+    from mipfast.experiment.config import Experiment
 
     _quiet_transformers()
-    experiment = pipeline.Experiment.from_yaml(config)
+    experiment = Experiment.from_yaml(config)
     experiment = replace(experiment, out=out or experiment.out, device=device or experiment.device)
     pipeline.run(experiment, sys.stderr.isatty())
     _report([Path(experiment.out)], Path(experiment.out) / "report")
 
 
 def _report(folders: list[Path], out: Path) -> None:
-    from mipfast import comparison, page
+    from mipfast.experiment import comparison, page
 
     compared = comparison.compare(folders)
     found = comparison.parts(compared)

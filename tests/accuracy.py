@@ -5,7 +5,7 @@ Triton runs on a GPU, or on CPU tensors when TRITON_INTERPRET=1 (which tests/tes
 
 import torch
 
-from mipfast import backend as backends
+from mipfast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [name for name, usable, _ in backends.status() if usable]

@@ -7,7 +7,7 @@ import torch
 from tiny import PAD, image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import DivergedError, InputError, ModelError
-from mipfast.attacks import membership, prefixed, quantised, relearned
+from mipfast.judge.attacks import membership, prefixed, quantised, relearned
 
 
 def scores(model, batch, k):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
-from mipfast import DivergedError, InputError, NeuronPath, RMisUConfig, baselines, find_sites, misdirect, prune
-from mipfast.baselines import GA, MANU, METHODS, NPO, RMU, AdaptiveRMU, BaselineConfig, GradDiff, KLMin
-from mipfast.training import order
+from mipfast import DivergedError, InputError, NeuronPath, RMisUConfig, find_sites, misdirect, prune
+from mipfast.edit import baselines
+from mipfast.edit.baselines import GA, MANU, METHODS, NPO, RMU, AdaptiveRMU, BaselineConfig, GradDiff, KLMin
+from mipfast.edit.train import order
 
 PAIR = (0, 0)
 

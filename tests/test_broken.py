@@ -17,8 +17,6 @@ from mipfast import (
     NeuronPath,
     RMisUConfig,
     RMisUTrainer,
-    attacks,
-    baselines,
     data,
     evaluate,
     find_sites,
@@ -26,12 +24,13 @@ from mipfast import (
     learned_direction,
     locate,
     misdirect,
-    pipeline,
     prune,
-    streaming,
     unlearn,
 )
 from mipfast.cli import app
+from mipfast.edit import baselines
+from mipfast.experiment import locate_file, pipeline
+from mipfast.judge import attacks
 
 MODEL = tiny_llama()
 FORGET, RETAIN = ([text_batch(MODEL, [9, 7], [2, 1], seed=seed + i) for i in range(2)] for seed in (0, 10))
@@ -326,7 +325,7 @@ FILES = {  # name: (what is written, what reads it, found, expected)
     ),
     "a JSONL's third line": (
         lambda file: file.write_text('{"prompt": "a", "answer": "b"}\n' * 2 + '{"prompt": "a", "answer": \n'),
-        lambda file: streaming.survey(None, file, LocateConfig().resolved(), limit=3),
+        lambda file: locate_file.survey(None, file, LocateConfig().resolved(), limit=3),
         "line 3: Expecting value",
         'expected one object a line, {"prompt": text, "answer": text}',
     ),
@@ -392,8 +391,8 @@ def test_a_trainer_s_broken_config_is_named(tmp_path):
 def test_a_missing_processor_is_told_in_whole_sentences(monkeypatch, caplog):
     import transformers
 
+    from mipfast.data.encoder import Encoder
     from mipfast.demo.run import WEIGHTS
-    from mipfast.samples import Encoder
 
     def missing(*args, **kwargs):
         raise ImportError("\nA needs B but it was not found. Check out the instructions on the\npage.\n")

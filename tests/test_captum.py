@@ -68,7 +68,7 @@ def test_the_delta_vanishes_with_finer_steps(llama, batch):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 100])
 def test_internal_batch_size_changes_memory_alone(llama, batch, rows, monkeypatch):
-    from mipfast.replay import Replay
+    from mipfast.scoring.replay import Replay
 
     seen, init = [], Replay.__init__
     monkeypatch.setattr(Replay, "__init__", lambda self, capture, n: (seen.append(n * 2), init(self, capture, n))[1])

@@ -9,12 +9,12 @@ import torch
 from slow_joint import slow_joint
 from tiny import image_batch, split, text_batch, tiny_llama, tiny_llava, tiny_qwen_vl
 
-from mipfast.attribution import locate, objective_value
-from mipfast.capture import capture
 from mipfast.errors import DivergedError, InputError
-from mipfast.quadrature import quadrature
-from mipfast.released import joint_search, released_vision
-from mipfast.sites import find_sites
+from mipfast.model.sites import find_sites
+from mipfast.scoring.capture import capture
+from mipfast.scoring.joint import joint_search, released_vision
+from mipfast.scoring.quadrature import quadrature
+from mipfast.scoring.search import locate, objective_value
 
 F64 = torch.float64
 spec = importlib.util.spec_from_file_location("released", Path(__file__).parents[1] / "bench" / "released.py")

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mipfast import cli, comparison, page
-from mipfast.comparison import compare, metric_grid, overview, parts
+from mipfast import cli
 from mipfast.errors import ArtefactError, InputError, MipfastError
+from mipfast.experiment import comparison, page
+from mipfast.experiment.comparison import compare, metric_grid, overview, parts
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 ROLES = {"forget": ["forget_5"], "retain": ["retain_95", "celebrities"]}

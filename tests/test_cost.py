@@ -11,8 +11,9 @@ from torch.utils.flop_counter import flop_registry
 from transformers import LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import mipfast
-from mipfast import LocateConfig, products
-from mipfast.cost import Device, Shape, Tower, estimate
+from mipfast import LocateConfig
+from mipfast.ops import frozen_linear
+from mipfast.scoring.cost import Device, Shape, Tower, estimate
 
 # Qwen2.5-VL-3B: 16 heads on 2 key-value heads of 128; gate, up and down; the vision blocks likewise
 QWEN_3B = Shape(
@@ -123,7 +124,10 @@ class Counter(TorchDispatchMode):
 
 
 def counted(model, batch, config):
-    with mock.patch.object(products, "_faster", lambda: False), Counter() as counter:  # ours are nothing torch sees
+    with (
+        mock.patch.object(frozen_linear, "_faster", lambda: False),
+        Counter() as counter,
+    ):  # torch sees none of ours
         mipfast.locate(model, batch, config)
     return counter.flops
 

@@ -15,8 +15,8 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("mipfast._C", sys.argv[1])
 sys.modules["mipfast._C"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from mipfast import backend
-print({name: reason for name, _, reason in backend.status()}["cuda"])
+from mipfast.ops import backends
+print({name: reason for name, _, reason in backends.status()}["cuda"])
 """
 
 

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from mipfast import MipfastError, evaluate, locate
-from mipfast.attacks import relearned
 from mipfast.demo import model as tiny
-from mipfast.demo import people, run
-from mipfast.demo import trial as trials
+from mipfast.demo import people, run, trial
+from mipfast.judge.attacks import relearned
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_splits_are_nested_disjoint_and_complete():
     world = people.build(0)
     small, large = world.split(3, 0.05), world.split(3, 0.15)
     assert len(small.forget_people) == 2 and len(large.forget_people) == 7 and small.forget_people < large.forget_people
-    groups = [small.select(g, test=True) for g in trials.GROUPS]
+    groups = [small.select(g, test=True) for g in trial.GROUPS]
     assert sum(map(len, groups)) == len(set().union(*map(set, groups))) == sum(q.test for q in world.questions)
     assert {q.subject for q in groups[0]} == small.forget_people
 
@@ -52,8 +51,8 @@ def test_splits_are_nested_disjoint_and_complete():
 def test_encoding_masks_all_but_the_answer(base):
     _, encoder = base
     split = encoder.world.split(0)
-    batch = encoder.batch([split.select("forget", True, m)[0] for m in trials.MODALITIES])
-    for row, q in enumerate([split.select("forget", True, m)[0] for m in trials.MODALITIES]):
+    batch = encoder.batch([split.select("forget", True, m)[0] for m in trial.MODALITIES])
+    for row, q in enumerate([split.select("forget", True, m)[0] for m in trial.MODALITIES]):
         scored = batch["labels"][row] != -100
         assert encoder.tokenizer.decode(batch["labels"][row][scored]) == q.answer
         assert torch.equal(batch["labels"][row][scored], batch["input_ids"][row][scored])
@@ -131,11 +130,11 @@ def short_demo(tmp_path_factory):
     """The whole demo with few RMisU steps and few scored questions."""
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "STEPS", 8)
-        patch.setattr(trials, "LOCATE_FORGET", 12)
-        patch.setattr(trials, "LOCATE_RETAIN", 6)
+        patch.setattr(trial, "STEPS", 8)
+        patch.setattr(trial, "LOCATE_FORGET", 12)
+        patch.setattr(trial, "LOCATE_RETAIN", 6)
         results = run.run([0], 0.10, out, progress=False)
-    from mipfast.report import write_report
+    from mipfast.demo.report import write_report
 
     write_report(results, out)
     return results, out
@@ -145,7 +144,7 @@ def test_every_row_and_control_is_there(short_demo):
     results, out = short_demo
     assert [row["name"] for row in results["rows"]] == [name.removesuffix(" prune") for name in run.QUICK]
     for row in results["rows"]:
-        assert all(len(row["accuracy"][g][kind]) == 1 for g in trials.GROUPS for kind in trials.MODALITIES)
+        assert all(len(row["accuracy"][g][kind]) == 1 for g in trial.GROUPS for kind in trial.MODALITIES)
     budget = {row["name"]: row["neurons"] for row in results["rows"] if row["stage"] == "RMisU"}
     assert budget["random"] == budget["MIP"] == budget["IGI only"] + budget["IFI only"]
     for name in ("report.json", "report.md", "accuracy.png", "path.png", "residuals.png", "model/model.safetensors"):

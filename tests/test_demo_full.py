@@ -22,7 +22,7 @@ from mipfast.demo import evidence, findings, full, people, run
 from mipfast.demo import trial as trials
 from mipfast.demo.people import Question
 from mipfast.errors import DivergedError
-from mipfast.report import GROUPS, MODALITIES
+from mipfast.experiment.figures import GROUPS, MODALITIES
 
 ROWS = ("before", "random prune", "MIP", "random", "retrained")
 
@@ -266,7 +266,7 @@ def test_facts_are_dealt_in_exact_shares_and_equal_numbers():
 
 
 def page_of(results):
-    from mipfast import page
+    from mipfast.experiment import page
 
     return html.unescape(page.markdown(evidence.parts(results)))
 

@@ -10,10 +10,11 @@ from test_misdirection import llama, path_of
 from test_trainer import case, trainer, weights
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
-from mipfast import InputError, NeuronPath, RMisUConfig, baselines, find_sites, misdirect, prune, steering_target
-from mipfast.direction import answer_log_prob, draw_direction, learned_direction
-from mipfast.positions import text_rows
-from mipfast.training import order
+from mipfast import InputError, NeuronPath, RMisUConfig, find_sites, misdirect, prune, steering_target
+from mipfast.edit import baselines
+from mipfast.edit.steering import answer_log_prob, draw_direction, learned_direction
+from mipfast.edit.train import order
+from mipfast.model.positions import text_rows
 
 LEARNED = RMisUConfig(layer=2, steps=6, lr=1e-2, direction="learned", seed=3)
 

@@ -15,10 +15,13 @@ import twins
 from dying import dying
 
 import mipfast
-from mipfast import ArtefactError, InputError, ModelError, NeuronPath, evaluation, files, metrics, samples
-from mipfast.data import load
+from mipfast import ArtefactError, InputError, ModelError, NeuronPath, files
+from mipfast.data import checkpoint, load
+from mipfast.data.encoder import Encoder
 from mipfast.data.records import LETTERS, Picture, Record
-from mipfast.evaluation import Judgement, evaluate_records, read_records
+from mipfast.judge import metrics
+from mipfast.judge import records as judge_records
+from mipfast.judge.records import Judgement, evaluate_records, read_records
 
 FIELDS = ("nll_options", "nll_paraphrase", "nll_perturbed")
 LETTER = 50  # the id of A in the tiny models' vocabulary
@@ -105,7 +108,7 @@ def some_records(pictures, n=9):
 
 def by_hand(model, encoder, record):
     """The row, without padding, cache, batch or transformers' generate."""
-    limit = evaluation.CHOICE_TOKENS if record.task == "choice" else NEW
+    limit = judge_records.CHOICE_TOKENS if record.task == "choice" else NEW
     inputs = encoder.prompts([record])
     written = []
     while len(written) < limit and tiny.EOS not in written:
@@ -168,7 +171,7 @@ def test_any_batch_size_and_order_gives_what_one_record_at_a_time_gives(build):
 def test_the_benchmarks_twins(tmp_path, name):
     """MLLMU-Bench's and CLEAR's tables through the encoder of the command line; the demo's model knows the answers."""
     folder = twins.write_model(tmp_path / name) if name == "demo" else twins.write_family(tmp_path / name, name)
-    model, encoder = samples.load_model(folder), samples.Encoder.from_pretrained(folder)
+    model, encoder = checkpoint.load_model(folder), Encoder.from_pretrained(folder)
     bench, clear = twins.write_mllmu(tmp_path / "a", 2, 1) / "bench", twins.write_clear(tmp_path / "b", 2, 1)
     records = [*load(bench, "Full_Set"), *load(clear, "forget05_perturbed"), *load(clear, "real_faces")]
     if name != "demo":
@@ -232,21 +235,21 @@ def row(task="generation", text="", **changes):
 def test_every_metric_of_a_row_by_hand():
     nlls = [-math.log(p) for p in (0.1, 0.2, 0.5, 0.2)]
     choice = row("choice", "c) Oslo", target="C", nll=nlls[2], nll_options=nlls)
-    assert evaluation._scores(choice) == pytest.approx(
+    assert judge_records._scores(choice) == pytest.approx(
         dict(probability=0.5, accuracy=1, likelihood_accuracy=1, legal=1, normalised_probability=0.5)
     )
-    illegal = evaluation._scores(choice | {"text": "Each of them", "nll_options": nlls[::-1], "nll": nlls[1]})
+    illegal = judge_records._scores(choice | {"text": "Each of them", "nll_options": nlls[::-1], "nll": nlls[1]})
     assert (illegal["accuracy"], illegal["likelihood_accuracy"], illegal["legal"]) == (0, 0, 0)
-    assert evaluation._scores(row("cloze", "In OSLO")) == pytest.approx(
+    assert judge_records._scores(row("cloze", "In OSLO")) == pytest.approx(
         dict(probability=0.5, accuracy=1, exact_match=0)
     )
     wrong = {"nll_paraphrase": [-math.log(0.4)], "nll_perturbed": [-math.log(0.1), -math.log(0.3)]}
-    generated = evaluation._scores(row(text="Oslo", **wrong))
+    generated = judge_records._scores(row(text="Oslo", **wrong))
     assert generated == pytest.approx(
         dict(probability=0.5, rouge_l=1, rouge_l_recall=1, bleu=metrics.bleu("Oslo", "Oslo"), exact_match=1)
         | dict(normalised_probability=0.5 / 0.9, truth_ratio=0.5, truth_ratio_forget=0.5, truth_ratio_retain=0.5)
     )
-    assert evaluation._scores(row(**wrong | {"nll_paraphrase": []}))["truth_ratio"] == pytest.approx(0.4)
+    assert judge_records._scores(row(**wrong | {"nll_paraphrase": []}))["truth_ratio"] == pytest.approx(0.4)
 
 
 def test_scores_are_by_group_modality_and_task_and_the_files_have_open_unlearning_s_shape(tmp_path):
@@ -300,7 +303,7 @@ def test_what_is_not_finite_is_reported_and_not_averaged_away(llama, tmp_path, c
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    monkeypatch.setattr(judge_records, "CHUNK", 2)
 
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
@@ -330,8 +333,8 @@ def test_what_is_there_is_not_done_again(llama, tmp_path, monkeypatch, small_chu
     first = judge(llama, records, out=tmp_path)
     (tmp_path / "rows-000004.jsonl").unlink()
     asked = []
-    real = evaluation._Runner.rows
-    monkeypatch.setattr(evaluation._Runner, "rows", lambda self, some: asked.append(len(some)) or real(self, some))
+    real = judge_records._Runner.rows
+    monkeypatch.setattr(judge_records._Runner, "rows", lambda self, some: asked.append(len(some)) or real(self, some))
     check_same(judge(llama, records, out=tmp_path, batch_size=5).rows, first.rows)
     assert asked == [2]
 

@@ -14,7 +14,7 @@ from test_locate import compare
 from tiny import split
 
 import mipfast
-from mipfast import replay
+from mipfast.scoring import plan as plans
 
 model = cache(build)
 SEEING = [name for name, family in FAMILIES.items() if family.picture]
@@ -151,9 +151,9 @@ def test_the_route_is_the_same_in_every_dtype(name, modality, dtype, monkeypatch
     found = []
 
     def plan(capture, clean_states):
-        found.append(replay.plan(capture, clean_states)[1])
+        found.append(plans.plan(capture, clean_states)[1])
         return capture, None
 
-    monkeypatch.setattr("mipfast.chunks.plan", plan)
+    monkeypatch.setattr("mipfast.scoring.nodes.plan", plan)
     mipfast.locate(half, batch, modality=modality, **COARSE)
     assert [clean is None for clean in found] == [(name, modality) in BEHIND]

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 from torch import nn
 
-from mipfast import ffn, find_sites, locate, ops
-from mipfast.ffn import fused_ffns
+from mipfast import find_sites, locate, ops
+from mipfast.model import fused_ffn
+from mipfast.model.fused_ffn import fused_ffns
 
 
 class Gated(nn.Module):
@@ -81,8 +82,8 @@ def test_forward_mode():
     ids=["gelu", "factor", "residual", "not gated"],
 )
 def test_what_computes_something_else_is_left_alone(other, dtype):
-    assert ffn._is_gated(Gated().to(dtype))
-    assert not ffn._is_gated(copy.deepcopy(other).to(dtype))
+    assert fused_ffn._is_gated(Gated().to(dtype))
+    assert not fused_ffn._is_gated(copy.deepcopy(other).to(dtype))
 
 
 def test_a_model_is_left_as_it_was():
@@ -102,7 +103,7 @@ def test_locate_by_either(modality, monkeypatch, calls):
     batch = text_batch(model, [9, 7], [3, 2]) if modality == "text" else image_batch(model, 2)
     found = locate(model, batch, modality=modality)
     assert len(calls) > 20
-    monkeypatch.setattr(ffn, "_is_gated", lambda module: False)
+    monkeypatch.setattr(fused_ffn, "_is_gated", lambda module: False)
     calls.clear()
     expected = locate(model, batch, modality=modality)
     assert not calls

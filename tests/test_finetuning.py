@@ -9,8 +9,12 @@ import twins
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
-from mipfast import ArtefactError, DivergedError, InputError, MipfastError, data, evaluation, finetuning, samples
-from mipfast.finetuning import FinetuneConfig, finetune
+from mipfast import ArtefactError, DivergedError, InputError, MipfastError, data
+from mipfast.data import checkpoint
+from mipfast.data.encoder import Encoder
+from mipfast.experiment import finetune as finetuning
+from mipfast.experiment.finetune import FinetuneConfig, finetune
+from mipfast.judge import records as judge_records
 
 CONFIG = FinetuneConfig(epochs=2, lr=1e-2, save_steps=2, rank=4)
 
@@ -55,7 +59,7 @@ def test_lora_changes_the_language_model_s_linear_layers_alone(qwen, trained):
 
 
 def test_the_folder_is_plain_and_encodes_as_its_source(qwen, trained):
-    assert samples.Encoder.from_pretrained(trained).fingerprint() == samples.Encoder.from_pretrained(qwen).fingerprint()
+    assert Encoder.from_pretrained(trained).fingerprint() == Encoder.from_pretrained(qwen).fingerprint()
     assert AutoTokenizer.from_pretrained(trained).chat_template == AutoTokenizer.from_pretrained(qwen).chat_template
     assert sorted(p.name for p in trained.parent.iterdir()) == ["model", "report.json", "run.json"]
     report = json.loads((trained.parent / "report.json").read_text())
@@ -67,8 +71,8 @@ def test_the_folder_is_plain_and_encodes_as_its_source(qwen, trained):
 def test_it_learns_the_answers_and_to_stop(qwen, records, tmp_path, full):
     config = FinetuneConfig(full=full, steps=80, lr=3e-3 if full else 2e-2, batch_size=6, dropout=0.0)
     written = finetune(qwen, records, tmp_path, config, "cpu")
-    model, encoder = samples.load_model(written), samples.Encoder.from_pretrained(written)
-    judged = evaluation.evaluate_records(model, encoder, records, max_new_tokens=12)
+    model, encoder = checkpoint.load_model(written), Encoder.from_pretrained(written)
+    judged = judge_records.evaluate_records(model, encoder, records, max_new_tokens=12)
     assert [row["text"] for row in judged.rows] == [record.answer for record in records]
 
 
@@ -138,8 +142,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(qwen, records, tmp_path):
 
 
 def test_weights_keep_their_dtype_and_bfloat16_computes(qwen, records, tmp_path):
-    model = samples.load_model(qwen, dtype="bfloat16")
-    samples.save_model(model, qwen, tmp_path / "half")
+    model = checkpoint.load_model(qwen, dtype="bfloat16")
+    checkpoint.save_model(model, qwen, tmp_path / "half")
     for full in (False, True):
         config = FinetuneConfig(full=full, steps=2, bf16=True, lr=1e-2)
         written = finetune(tmp_path / "half", records, tmp_path / str(full), config, "cpu")
@@ -171,7 +175,7 @@ def test_missing_libraries_name_the_extra(qwen, records, tmp_path, monkeypatch):
 
 
 def test_an_end_token_is_labelled_where_a_batch_asks_for_it(qwen, records):
-    encoder = samples.Encoder.from_pretrained(qwen)
+    encoder = Encoder.from_pretrained(qwen)
     plain, ended = encoder.batch(records), encoder.batch(records, end=True)
     for i in range(len(records)):
         first, second = plain["labels"][i], ended["labels"][i]
@@ -187,7 +191,7 @@ def test_an_end_token_is_labelled_where_a_batch_asks_for_it(qwen, records):
 def test_a_hub_s_model_is_written_with_its_companions_from_the_cache(qwen, tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or str(qwen))
-    samples.save_model(samples.load_model(qwen), "someone/model", tmp_path)
+    checkpoint.save_model(checkpoint.load_model(qwen), "someone/model", tmp_path)
     assert {"tokenizer*", "*processor_config.json", "chat_template*"} <= set(asked["allow_patterns"])
     assert not {"*", "*.json"} & set(asked["allow_patterns"])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in qwen.iterdir())

@@ -7,27 +7,34 @@ from pathlib import Path
 
 import pytest
 
+import mipfast
+
 ROOT = Path(__file__).resolve().parents[1]
 
-EDITING = {"pruning", "training", "direction", "misdirection", "baselines", "lora", "trainer"}
-LOCATING = {"attribution", "path", "unlearning"} | EDITING
-ENGINE = {"sites", "ffn", "windows", "capture", "prefix", "replay", "chunks", "memory", "quadrature"}
-
-# module of mipfast (a package counts with all it holds) -> modules of mipfast it may not import
-FORBIDDEN = {
-    "errors": {"reference", "backend", "ops"} | ENGINE | LOCATING,
-    "reference": {"backend", "ops"} | ENGINE | LOCATING,
-    "backend": {"reference", "ops"} | ENGINE | LOCATING,
-    "ops": ENGINE | LOCATING,
-    "products": {"reference", "ops"} | ENGINE | LOCATING,
-    **{name: LOCATING for name in ENGINE},
-    **{name: {"attribution", "path", "replay", "unlearning"} for name in EDITING},
-    **{name: ENGINE | LOCATING for name in ("evaluation", "data", "metrics", "report", "page", "comparison")},
-    **{name: LOCATING for name in ("attacks", "likelihood")},
+# The law: a folder of mipfast imports itself and folders on lower floors. The files at the top stand on the first floor
+# or on the last.
+FLOORS = [
+    {"_version", "errors", "files"},
+    {"ops"},
+    {"model"},
+    {"data", "scoring"},
+    {"edit", "judge"},
+    {"experiment"},
+    {"demo", "integrations"},
+    {"__init__", "__main__", "cli"},
+]
+TOP = FLOORS[0] | FLOORS[-1]
+# other names for documented deep imports
+ALIASES = {"attacks", "baselines", "cost", "evaluation", "metrics", "samples", "streaming"}
+# files that know less than their folder may: what they may not import
+KNOW_LESS = {
+    "ops/reference.py": {"mipfast.ops", "mipfast.errors"},
+    "ops/backends.py": {"mipfast.ops"},
+    **{
+        f"edit/{name}.py": {"mipfast.scoring", "mipfast.edit.neuron_path"}
+        for name in ("prune", "train", "hidden", "steering", "misdirect", "lora", "baselines")
+    },
 }
-# these stand above locating, each on those before it
-for name in ENGINE | LOCATING | {"data", "evaluation", "attacks", "likelihood"}:
-    FORBIDDEN[name] = FORBIDDEN.get(name, set()) | {"cost", "samples", "streaming", "finetuning", "pipeline"}
 
 
 def imports(file):
@@ -60,15 +67,42 @@ def module_of(file):
 @pytest.mark.parametrize("file", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(file):
     found, module = imports(file), module_of(file)
-    for name in FORBIDDEN.get(module, ()):
-        assert not reaches(found, f"mipfast.{name}"), f"{module} may not import {name}"
-    if module not in ("ops", "backend"):
+    floor = next((i for i, names in enumerate(FLOORS) if module in names), len(FLOORS) - 1)
+    for i, names in enumerate(FLOORS[floor:], floor):
+        for name in names - {module, "__init__"} - (TOP if i == floor else set()):
+            assert not reaches(found, f"mipfast.{name}"), f"{module} (floor {floor}) may not import {name} ({i})"
+    for name in ALIASES if module != "__init__" else ():
+        assert not reaches(found, f"mipfast.{name}"), f"mipfast.{name} is for users; import what it stands for"
+    for name in KNOW_LESS.get(str(file.relative_to(ROOT / "mipfast")), ()):
+        assert not reaches(found, name), f"{file.stem} may not import {name}"
+    if module != "ops":
         for name in ("mipfast_kernels", "mipfast._C", "triton"):
-            assert not reaches(found, name), f"only ops and backend may import {name}"
-    if module not in ("cli", "__main__"):
-        assert not reaches(found, "mipfast.cli"), "nothing imports cli"
-        if module != "integrations":
-            assert not reaches(found, "mipfast.integrations"), "nothing imports integrations"
+            assert not reaches(found, name), f"only ops may import {name}"
+
+
+def test_the_top_holds_folders_and_little_else():
+    top = {path.stem for path in (ROOT / "mipfast").glob("*.py")}
+    assert top == TOP | ALIASES
+    for name in ALIASES:
+        assert len((ROOT / "mipfast" / f"{name}.py").read_text().splitlines()) <= 5
+    assert not {path.name for path in (ROOT / "mipfast").iterdir()} & set(mipfast._HOMES), "it would hide the function"
+
+
+def test_deep_imports_leave_the_public_names_what_they_are():
+    run("""
+import importlib, pkgutil, types
+import mipfast
+for module in pkgutil.walk_packages(mipfast.__path__, "mipfast."):
+    if module.name not in ("mipfast._C", "mipfast.__main__"):
+        importlib.import_module(module.name)
+for name in mipfast.__all__:
+    if name not in ("__version__", "attacks", "baselines", "ops"):
+        assert callable(getattr(mipfast, name)), name
+for name in mipfast.ops.__all__:
+    assert callable(getattr(mipfast.ops, name)), name
+for name in ("attacks", "baselines", "cost", "data", "evaluation", "metrics", "ops", "samples", "streaming"):
+    assert isinstance(getattr(mipfast, name), types.ModuleType), name
+""")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)
@@ -111,10 +145,10 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 sys.modules["triton"] = sys.modules["mipfast._C"] = None
 import mipfast, torch
-from mipfast import backend
+from mipfast.ops import backends
 for _ in range(2):
     s1, s2 = mipfast.ops.riemann_accumulate(torch.ones(2, 3, 4), torch.ones(2))
-print("sum", s1.sum().item(), [usable for _, usable, _ in backend.status()])
+print("sum", s1.sum().item(), [usable for _, usable, _ in backends.status()])
 """
     output = run(code)
     assert "sum 24.0 [True, False, False, False]" in output

@@ -21,7 +21,7 @@ from tiny import (
 )
 
 import mipfast
-from mipfast import prefix
+from mipfast.scoring import prefix_attention
 
 GAUSS = ["gausslegendre", "gaussradau"]
 METHODS = [*GAUSS, "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
@@ -137,7 +137,7 @@ def test_text_left_padding(llama, positions):
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_long_suffixes_take_torchs_attention(qwen, monkeypatch, modality, padding):
-    monkeypatch.setattr(prefix, "TORCH_FROM", 1)
+    monkeypatch.setattr(prefix_attention, "TORCH_FROM", 1)
     same(qwen, image_batch(qwen, 2, 7, padding=padding), modality=modality, positions="all")
 
 

@@ -66,7 +66,7 @@ def test_one_backward_serves_all_layers(llama, monkeypatch):
 def test_the_native_route_gives_the_same(llama, monkeypatch):
     batch = text_batch(llama, [9, 12], [2, 3], "right", seed=1)
     found = mipfast.locate(llama, batch, search="one-pass")
-    monkeypatch.setattr("mipfast.chunks.plan", lambda captured, clean_states: (captured, None))
+    monkeypatch.setattr("mipfast.scoring.nodes.plan", lambda captured, clean_states: (captured, None))
     native = mipfast.locate(llama, batch, search="one-pass")
     torch.testing.assert_close(native.scores, found.scores, rtol=1e-6, atol=1e-9)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import image_batch, text_batch, tiny_qwen_vl
 
-from mipfast import backend as backends
 from mipfast import locate, ops
+from mipfast.ops import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

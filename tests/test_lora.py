@@ -20,8 +20,8 @@ from mipfast import (
     prune,
     unlearn,
 )
-from mipfast.lora import fold_prune, merge_adapter
-from mipfast.pruning import active_prunes
+from mipfast.edit.lora import fold_prune, merge_adapter
+from mipfast.edit.prune import active_prunes
 
 CONFIG = dict(layer=1, steps=4, lr=1e-2, trainable="lora", lora_rank=3, lora_alpha=7)
 

@@ -9,7 +9,8 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 
-from mipfast import InputError, MipfastError, metrics
+from mipfast import InputError, MipfastError
+from mipfast.judge import metrics
 
 NLL = {p: -math.log(p) for p in (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.8, 1.0)}
 PAIRS = [

@@ -7,7 +7,7 @@ from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import NeuronPath, RMisUConfig, find_sites, hidden_states, misdirect, prune, rmisu_loss, steering_target
 from mipfast.errors import DivergedError, InputError
-from mipfast.positions import text_rows
+from mipfast.model.positions import text_rows
 
 
 def llama():

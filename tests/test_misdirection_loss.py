@@ -6,8 +6,8 @@ import pytest
 import torch
 from accuracy import BACKENDS, DEVICE, DTYPES, assert_accurate
 
-from mipfast import backend as backends
-from mipfast import ops, reference
+from mipfast import ops
+from mipfast.ops import backends, reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 

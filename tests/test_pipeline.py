@@ -26,17 +26,17 @@ from mipfast import (
     RMisUConfig,
     cli,
     data,
-    evaluation,
     find_sites,
-    finetuning,
     locate,
-    misdirection,
-    pipeline,
-    samples,
-    streaming,
-    unlearning,
 )
-from mipfast.pipeline import Experiment, UnlearnStage
+from mipfast.data import checkpoint
+from mipfast.data.encoder import Batches, Encoder
+from mipfast.edit import misdirect
+from mipfast.edit import unlearn as unlearning
+from mipfast.experiment import finetune as finetuning
+from mipfast.experiment import locate_file, pipeline
+from mipfast.experiment.config import Data, Experiment, UnlearnStage
+from mipfast.judge import records as judge_records
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "mllmu_qwen2_5_vl_3b_forget5.yaml"
 FAMILIES = ("qwen2.5-vl", "llava", "qwen3-vl")
@@ -69,8 +69,8 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK", 1)
-    monkeypatch.setattr(evaluation, "CHUNK", 8)
+    monkeypatch.setattr(locate_file, "CHUNK", 1)
+    monkeypatch.setattr(judge_records, "CHUNK", 8)
 
 
 def small(mllmu, demo, out):
@@ -105,8 +105,8 @@ def finished(mllmu, demo, tmp_path_factory):
     """The folder of a run that nothing stopped."""
     out = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "CHUNK", 1)
-        patch.setattr(evaluation, "CHUNK", 8)
+        patch.setattr(locate_file, "CHUNK", 1)
+        patch.setattr(judge_records, "CHUNK", 8)
         shown = command("run", small(mllmu, demo, out))
         assert "report.html" in shown and (out / "report" / "report.html").stat().st_size
     return out
@@ -134,7 +134,7 @@ def test_the_folder_holds_what_is_promised(finished):
     assert summary["flags"] == []
     for name in ("vanilla", "unlearned"):
         scores = summary["models"][name]
-        assert scores == evaluation.read_records(finished / "eval" / name).summary
+        assert scores == judge_records.read_records(finished / "eval" / name).summary
         assert {key.split("/")[0] for key in scores} == {"forget_5", "retain_95", "Retain_Set"}
     path = NeuronPath.from_pretrained(finished / "unlearn" / "path")
     assert sum(stack["neurons"] for stack in summary["neurons"].values()) == path.num_neurons > 0
@@ -186,12 +186,12 @@ def test_a_kill_in_each_stage(finished, mllmu, demo, tmp_path, monkeypatch):
     file, real_save = small(mllmu, demo, tmp_path / "out"), pipeline.save_model
     points = [
         (Trainer, "training_step", 3),
-        (streaming, "locate", 4),  # a chunk of the second set
-        (misdirection, "hidden_states", 12),
+        (locate_file, "locate", 4),  # a chunk of the second set
+        (misdirect, "hidden_states", 12),
         (pipeline, "save_model", 1),
-        (evaluation, "_write_rows", 2),  # vanilla
+        (judge_records, "_write_rows", 2),  # vanilla
         (pipeline, "evaluate_records", 2),  # vanilla is finished in this process, unlearned not begun
-        (evaluation, "_write_rows", 2),  # unlearned
+        (judge_records, "_write_rows", 2),  # unlearned
     ]
     for owner, name, at in points:
         calls, real = [], getattr(owner, name)
@@ -219,9 +219,11 @@ def test_sigkill_and_resume_through_the_command_line(finished, mllmu, demo, tmp_
     """While the second set is located."""
     slow = """
 import sys, time
-from mipfast import cli, streaming, evaluation
-real, streaming.CHUNK, evaluation.CHUNK = streaming.locate, 1, 8
-streaming.locate = lambda *a: (time.sleep(0.2), real(*a))[1]
+from mipfast import cli
+from mipfast.experiment import locate_file
+from mipfast.judge import records as judge_records
+real, locate_file.CHUNK, judge_records.CHUNK = locate_file.locate, 1, 8
+locate_file.locate = lambda *a: (time.sleep(0.2), real(*a))[1]
 cli.app(sys.argv[1:])
 """
     out = tmp_path / "out"
@@ -243,10 +245,10 @@ def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
     """The same records through locate, select_path and edit in memory: the same neurons, the same weights."""
     rmisu = RMisUConfig(layer=3, steps=3, lr=1e-2)
     groups = {"forget": ["forget_5"], "retain": ["retain_95"], "general": [f"{mllmu}/mllmu/Retain_Set"]}
-    where = pipeline.Data(str(mllmu / "mllmu-train"), groups, str(mllmu / "mllmu"), 4)
+    where = Data(str(mllmu / "mllmu-train"), groups, str(mllmu / "mllmu"), 4)
     stage = UnlearnStage(rmisu=rmisu, data=where, batch_size=4)
     pipeline.unlearn_folder(str(demo), stage, tmp_path, device="cpu")
-    model, encoder = samples.load_model(demo), samples.Encoder.from_pretrained(demo)
+    model, encoder = checkpoint.load_model(demo), Encoder.from_pretrained(demo)
     roles = where.load(0)
     sets = {
         f"{role}-{kind}": encoder.batch([r for r in some if r.modality == kind])
@@ -266,7 +268,7 @@ def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
         key: set(index.tolist()) for key, index in written.items()
     }
     kept = [*roles["retain"], *roles["general"]]
-    forget, retain = (samples.Batches(encoder, some, 4, "cpu") for some in (roles["forget"], kept))
+    forget, retain = (Batches(encoder, some, 4, "cpu") for some in (roles["forget"], kept))
     unlearning.edit(model, written, list(forget), list(retain), stage)
     assert same(model.state_dict(), weights(tmp_path / "unlearn" / "model"))
 
@@ -298,7 +300,7 @@ def test_every_command_on_a_folder_of_random_weights(mllmu, tmp_path, family):
         "--out",
         tmp_path / "v",
     )
-    scores = streaming.read(tmp_path / "v")
+    scores = locate_file.read(tmp_path / "v")
     assert scores.scores.shape[0] == 2 and scores.report["config"]["score"] == "ifi"
     groups = ["--forget", "forget_5", "--retain", "retain_95", "--steps", 2, "--fraction", 0.2]
     command("unlearn", "--model", vanilla, *tables, *names, *groups, "--out", tmp_path / "u")
@@ -433,22 +435,22 @@ def test_groups_of_several_sources_and_their_limit(mllmu):
     [
         (dict(fraction=1.5), "fraction=1.5"),
         (dict(aggregate="foo"), "aggregate='foo'"),
-        (dict(data=pipeline.Data("x", {"forget": ["a", "b"], "retain": ["b"]})), "table b is to forget and to retain"),
+        (dict(data=Data("x", {"forget": ["a", "b"], "retain": ["b"]})), "table b is to forget and to retain"),
         (dict(text=LocateConfig("text", positions="propmt")), "positions='propmt'"),
         (dict(vision=LocateConfig("vision", n_steps=0)), "n_steps"),
         (dict(rmisu=RMisUConfig(trainable="lora")), "plain folder"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(changes, message):
-    tables = pipeline.Data("x", {"forget": ["a"], "retain": ["b"]})
+    tables = Data("x", {"forget": ["a"], "retain": ["b"]})
     with pytest.raises(InputError, match=message):
-        pipeline.UnlearnStage(**{"data": tables, **changes}).check()
+        UnlearnStage(**{"data": tables, **changes}).check()
 
 
 def test_a_file_in_the_place_of_the_folder_and_a_device_that_is_not_there(mllmu, demo, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ArtefactError, match="is a file"):
-        pipeline.run(pipeline.Experiment.from_yaml(small(mllmu, demo, tmp_path / "taken")))
+        pipeline.run(Experiment.from_yaml(small(mllmu, demo, tmp_path / "taken")))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="device='cuda' is not to be had here"):
-            samples.load_model(demo, "cuda")
+            checkpoint.load_model(demo, "cuda")

@@ -10,13 +10,15 @@ from accuracy import assert_accurate
 from tiny import text_batch, tiny_llama
 from torch import nn
 
-from mipfast import locate, ops, products
-from mipfast.products import frozen_linears, linear
+from mipfast import locate, ops
+from mipfast.model.accelerated import frozen_linears
+from mipfast.ops import frozen_linear
+from mipfast.ops.frozen_linear import linear
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 SHAPES = [(1, 1, 1), (3, 63, 1000), (17, 80, 11), (123, 431, 17), (64, 512, 96), (300, 33, 210)]  # rows, K, N
-by_ours = pytest.mark.skipif(not products._faster(), reason="torch's own products are taken on this CPU")
+by_ours = pytest.mark.skipif(not frozen_linear._faster(), reason="torch's own products are taken on this CPU")
 
 
 def tensors(rows, inner, outer, layout="plain"):
@@ -149,7 +151,7 @@ def test_the_ops_keep_their_dtypes_under_autocast(ours):
         return ops.riemann_project(act, weight, alphas, neurons=path), *ops.project_accumulate(grad, weight, alphas)
 
     expected = run()
-    with mock.patch.object(products, "_faster", lambda: ours), torch.autocast("cpu", torch.bfloat16):
+    with mock.patch.object(frozen_linear, "_faster", lambda: ours), torch.autocast("cpu", torch.bfloat16):
         found = run()
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32 and (a - b).abs().max() <= 0.02 * b.abs().max()
@@ -183,7 +185,7 @@ def test_locate_by_either():
     model = tiny_llama()
     batch = text_batch(model, [9, 7], [3, 2])
     found = locate(model, batch)
-    with mock.patch.object(products, "_faster", lambda: False):
+    with mock.patch.object(frozen_linear, "_faster", lambda: False):
         expected = locate(model, batch)
     scale = expected.scores.abs().amax(2, keepdim=True)
     assert ((found.scores - expected.scores).abs() / scale).max() < 1e-5

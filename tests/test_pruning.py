@@ -5,8 +5,8 @@ import torch
 from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import NeuronPath, find_sites, prune
+from mipfast.edit.prune import active_prunes
 from mipfast.errors import ArtefactError, InputError
-from mipfast.pruning import active_prunes
 
 
 def bits(model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mipfast.errors import InputError
-from mipfast.quadrature import RULES, quadrature
+from mipfast.scoring.quadrature import RULES, quadrature
 
 # (rule, degree up to which n nodes integrate a polynomial exactly)
 DEGREE = {

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from mipfast import backend as backends
-from mipfast import ops, reference
+from mipfast import ops
 from mipfast.errors import InputError
+from mipfast.ops import backends, reference
 
 
 def double(*shape, seed=0):

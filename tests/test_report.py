@@ -11,15 +11,8 @@ import sys
 import pytest
 from rich.console import Console
 
+from mipfast.demo.report import accuracy_figure, accuracy_table, markdown, path_figure, residual_figure, write_report
 from mipfast.errors import InputError, MipfastError
-from mipfast.report import (
-    accuracy_figure,
-    accuracy_table,
-    markdown,
-    path_figure,
-    residual_figure,
-    write_report,
-)
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 VISION = "model.visual.blocks"
@@ -224,5 +217,5 @@ def test_without_matplotlib_the_error_names_the_extra_and_the_facts_are_saved(tm
 
 
 def test_importing_loads_no_matplotlib():
-    code = "import sys, mipfast.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, mipfast.demo.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accuracy import BACKENDS, DEVICE, DTYPES, assert_accurate
 
-from mipfast import backend as backends
 from mipfast import ops
 from mipfast.errors import BackendError, InputError
+from mipfast.ops import backends
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 

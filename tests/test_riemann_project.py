@@ -4,8 +4,9 @@ import pytest
 import torch
 from accuracy import DEVICE, DTYPES, assert_accurate
 
-from mipfast import ops, reference
+from mipfast import ops
 from mipfast.errors import InputError
+from mipfast.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 

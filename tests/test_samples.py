@@ -10,8 +10,10 @@ import twins
 from PIL import Image
 
 import mipfast
-from mipfast import InputError, samples, streaming
-from mipfast.data import Picture, Record, load
+from mipfast import InputError
+from mipfast.data import Picture, Record, checkpoint, load
+from mipfast.data.encoder import Encoder, in_batches
+from mipfast.experiment import locate_file
 
 FAMILIES = ("llava", "qwen3-vl", "demo")
 
@@ -69,10 +71,10 @@ def conversation(record):
 def test_prompts_are_the_processor_s_own(folders, records, name):
     """One by one, and as a batch padded on the left, bit for bit. The tokenizer with the image processor gives the same
     as the processor."""
-    encoder = samples.Encoder.from_pretrained(folders[name])
+    encoder = Encoder.from_pretrained(folders[name])
     assert (encoder.processor is not None) == (name == "llava")
     processor = built(encoder, folders[name], name)
-    through = samples.Encoder(encoder.tokenizer, encoder.image_processor, encoder.config, processor)
+    through = Encoder(encoder.tokenizer, encoder.image_processor, encoder.config, processor)
     options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
     for record in records:
         expected = processor.apply_chat_template(conversation(record), **options)
@@ -93,7 +95,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_the_answer_is_labelled(folders, records, name):
-    encoder = samples.Encoder.from_pretrained(folders[name])
+    encoder = Encoder.from_pretrained(folders[name])
     batch = encoder.batch(records)
     for i, record in enumerate(records):
         alone = encoder.prompts([record])["input_ids"][0]
@@ -113,7 +115,7 @@ def test_the_boundary_is_one_between_tokens(folders):
     vocabulary = {letter: i for i, letter in enumerate(["a", "b", "c", "bc", "<pad>"])}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [("b", "c")])))
     assert tokenizer("abc")["input_ids"] == [0, 3]
-    encoder = samples.Encoder(tokenizer, None, samples.Encoder.from_pretrained(folders["demo"]).config)
+    encoder = Encoder(tokenizer, None, Encoder.from_pretrained(folders["demo"]).config)
     batch = encoder.batch([Record("1", "x", "text", "generation", "ab", "c")])
     assert batch["input_ids"].tolist() == [[0, 1, 2]] and batch["labels"].tolist() == [[-100, -100, 2]]
 
@@ -125,7 +127,7 @@ def test_the_boundary_is_one_between_tokens(folders):
 def test_a_mixed_batch_gives_what_its_records_give_alone(folders, records, name):
     """Text and pictures, answers and padding side by side: the same log probability of every answer; and on the left
     the same next token."""
-    encoder, model = samples.Encoder.from_pretrained(folders[name]), samples.load_model(folders[name], dtype="float32")
+    encoder, model = Encoder.from_pretrained(folders[name]), checkpoint.load_model(folders[name], dtype="float32")
 
     def answers(batch):
         labels = batch.pop("labels")[:, 1:]
@@ -148,7 +150,7 @@ def test_a_mixed_batch_gives_what_its_records_give_alone(folders, records, name)
 
 
 def test_the_demo_s_model_answers_the_twins(folders, records):
-    encoder, model = samples.Encoder.from_pretrained(folders["demo"]), samples.load_model(folders["demo"])
+    encoder, model = Encoder.from_pretrained(folders["demo"]), checkpoint.load_model(folders["demo"])
     asked = [record for record in records if record.task == "generation" and record.id != "wide"]
     prompts = encoder.prompts(asked)
     written = model.generate(**prompts, max_new_tokens=1, do_sample=False)[:, -1]
@@ -167,10 +169,10 @@ def test_a_file_is_located_through_either_path(folders, records, tmp_path, name,
         lines.append(line)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
-    encoder, model = samples.Encoder.from_pretrained(folders[name]), samples.load_model(folders[name], dtype="float32")
+    encoder, model = Encoder.from_pretrained(folders[name]), checkpoint.load_model(folders[name], dtype="float32")
     config = mipfast.LocateConfig(modality=modality)
-    streaming.locate_file(model, encoder, data, tmp_path / "out", config, batch_size=2)
-    found = streaming.read(tmp_path / "out")
+    locate_file.locate_file(model, encoder, data, tmp_path / "out", config, batch_size=2)
+    found = locate_file.read(tmp_path / "out")
     pictured = [record for record in records if record.image or modality == "text"]
     assert len(found.scores) == len(lines)
     for scores, record in zip(found.scores, pictured, strict=True):
@@ -182,7 +184,7 @@ def test_a_file_is_located_through_either_path(folders, records, tmp_path, name,
 
 
 def test_a_picture_is_the_same_from_memory_file_and_bytes(folders, tmp_path):
-    encoder = samples.Encoder.from_pretrained(folders["llava"])
+    encoder = Encoder.from_pretrained(folders["llava"])
     image = portrait((70, 64))
     image.save(tmp_path / "a.png")
     sources = [image, tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()]
@@ -209,9 +211,9 @@ def test_decoding_leaves_the_record_small():
 
 
 def test_batches_are_of_one_kind_and_similar_length(folders, records):
-    encoder = samples.Encoder.from_pretrained(folders["llava"])
+    encoder = Encoder.from_pretrained(folders["llava"])
     rows = [encoder.encode(record) for record in records]
-    batches = samples.in_batches(rows, 2)
+    batches = in_batches(rows, 2)
     assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
     assert all(len({bool(rows[i].image) for i in batch}) == 1 for batch in batches)
     for kind in (False, True):
@@ -220,7 +222,7 @@ def test_batches_are_of_one_kind_and_similar_length(folders, records):
 
 
 def test_what_cannot_be_encoded(folders):
-    llava = samples.Encoder.from_pretrained(folders["llava"])
+    llava = Encoder.from_pretrained(folders["llava"])
 
     def ask(question, image=None, encoder=llava):
         return encoder.batch([Record("7", "set", "text", "generation", question, "dog", image=image)])
@@ -231,7 +233,7 @@ def test_what_cannot_be_encoded(folders):
         ask("What is <image> ?", portrait((9, 9)))
     with pytest.raises(InputError, match="record 7 of set: the picture cannot be read as a picture"):
         ask("What", Picture(b"no picture"))
-    blind = samples.Encoder(llava.tokenizer, llava.image_processor, llava.config)
+    blind = Encoder(llava.tokenizer, llava.image_processor, llava.config)
     with pytest.raises(InputError, match="pictures for llava cannot be encoded here; expected a folder with its proc"):
         ask("What", portrait((9, 9)), blind)
 
@@ -242,7 +244,7 @@ def test_what_cannot_be_encoded(folders):
         def __call__(self, text, **options):
             return llava.processor(text=["Please " + text[0]], **options)
 
-    reworded = samples.Encoder(llava.tokenizer, llava.image_processor, llava.config, Rewording())
+    reworded = Encoder(llava.tokenizer, llava.image_processor, llava.config, Rewording())
     with pytest.raises(InputError, match="Rewording changes more of the prompt than its image placeholder"):
         ask("What", portrait((9, 9)), reworded)
 
@@ -250,4 +252,4 @@ def test_what_cannot_be_encoded(folders):
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "no/such/folder"])
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
     with pytest.raises(mipfast.ModelError, match="there is no folder"):
-        samples.Encoder.from_pretrained(name)
+        Encoder.from_pretrained(name)

@@ -19,9 +19,11 @@ from dying import dying
 from typer.testing import CliRunner
 
 import mipfast
-from mipfast import Attribution, InputError, LocateConfig, NeuronPath, cli, files, samples, streaming
-from mipfast.data import Record, read_lines
+from mipfast import Attribution, InputError, LocateConfig, NeuronPath, cli, files
+from mipfast.data import Record, checkpoint, read_lines
+from mipfast.data.encoder import Encoder
 from mipfast.demo import people
+from mipfast.experiment import locate_file
 
 DEMO = Path(cli.__file__).parent / "demo" / "weights" / "base"
 BATCH = 4
@@ -30,7 +32,7 @@ WORDS = "who where what is was the of a an red green blue house river king queen
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK", 2)
+    monkeypatch.setattr(locate_file, "CHUNK", 2)
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +89,12 @@ def ask(prompt, answer, image=None):
 
 
 def load(folder, dtype="float32"):
-    return samples.load_model(folder, dtype=dtype), samples.Encoder.from_pretrained(folder)
+    return checkpoint.load_model(folder, dtype=dtype), Encoder.from_pretrained(folder)
 
 
 def run(folder, data, out, config=None, **options):
-    streaming.locate_file(*load(folder), data, out, config, **{"batch_size": BATCH, **options})
-    return streaming.read(out)
+    locate_file.locate_file(*load(folder), data, out, config, **{"batch_size": BATCH, **options})
+    return locate_file.read(out)
 
 
 def command(*arguments):
@@ -125,7 +127,7 @@ def test_text_equals_locate_in_the_file_s_order(llama, text_file, tmp_path):
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_the_demo_model_equals_locate_on_the_same_batches(mixed_file, tmp_path, monkeypatch, modality):
     """Bit for bit. In text pictures and plain text never share a batch; the picture is the demo's own encoding."""
-    monkeypatch.setattr(streaming, "CHUNK", 8)  # one chunk: its sort is the file's
+    monkeypatch.setattr(locate_file, "CHUNK", 8)  # one chunk: its sort is the file's
     data = mixed_file
     if modality == "vision":
         rows = [row for row in mixed_file.read_text().splitlines() if "image" in row]
@@ -147,7 +149,7 @@ def test_the_demo_model_equals_locate_on_the_same_batches(mixed_file, tmp_path, 
 
 
 def test_a_picture_without_placeholder_comes_before_the_prompt(mixed_file):
-    encoder = samples.Encoder.from_pretrained(DEMO)
+    encoder = Encoder.from_pretrained(DEMO)
     picture = next(s.image for s in read_lines(mixed_file) if s.image)
     ids = encoder.encode(ask("Name the pet of this person .", "dog", picture)).prompt
     assert ids[:6] == [3, 5, 5, 5, 5, 4] and 5 not in ids[6:]
@@ -156,7 +158,7 @@ def test_a_picture_without_placeholder_comes_before_the_prompt(mixed_file):
 
 
 def test_chat_templates(mixed_file):
-    encoder = samples.Encoder.from_pretrained(DEMO)
+    encoder = Encoder.from_pretrained(DEMO)
     turn = "{% for m in messages %}<|im_start|> {% if m.content is string %}{{ m.content }}{% else %}"
     parts = (
         "{% for c in m.content %}{% if c.type == 'image' %}<|image_pad|>{% else %}{{ c.text }}{% endif %} {% endfor %}"
@@ -206,26 +208,28 @@ def test_stopped_at_every_write_and_resumed_gives_the_same_bits(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(files.os, "replace", partial(dying, rename, writes, moment))
-                streaming.locate_file(*load(llama), text_file, tmp_path / "out", batch_size=BATCH, aggregate=aggregate)
+                locate_file.locate_file(
+                    *load(llama), text_file, tmp_path / "out", batch_size=BATCH, aggregate=aggregate
+                )
             break
         except KeyboardInterrupt:
             stops += 1
     assert stops == (4 if moment == "after" else 3)  # run.json and three chunks
-    assert same(streaming.read(tmp_path / "out"), whole)
+    assert same(locate_file.read(tmp_path / "out"), whole)
     assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_a_finished_folder_says_so(llama, text_file, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "mipfast")
     model, encoder = load(llama)
-    streaming.locate_file(model, encoder, text_file, tmp_path, batch_size=BATCH, limit=3)
-    monkeypatch.setattr(streaming, "_locate_chunk", None)
-    streaming.locate_file(model, encoder, text_file, tmp_path, batch_size=BATCH, limit=3)
+    locate_file.locate_file(model, encoder, text_file, tmp_path, batch_size=BATCH, limit=3)
+    monkeypatch.setattr(locate_file, "_locate_chunk", None)
+    locate_file.locate_file(model, encoder, text_file, tmp_path, batch_size=BATCH, limit=3)
     assert "all 3 samples are there, nothing left to do" in caplog.text
 
 
 def test_an_unfinished_folder_is_not_read(llama, text_file, tmp_path, monkeypatch):
-    real, calls = streaming.locate, []
+    real, calls = locate_file.locate, []
 
     def twice(*arguments):
         calls.append(1)
@@ -235,13 +239,13 @@ def test_an_unfinished_folder_is_not_read(llama, text_file, tmp_path, monkeypatc
 
     for name in ("a", "b"):
         calls.clear()
-        monkeypatch.setattr(streaming, "locate", twice)
+        monkeypatch.setattr(locate_file, "locate", twice)
         with pytest.raises(KeyboardInterrupt):
             run(llama, text_file, tmp_path / name, aggregate=name == "b")
         with pytest.raises(mipfast.ArtefactError, match="holds 16 of 20 samples; run the same"):
-            streaming.read(tmp_path / name)
+            locate_file.read(tmp_path / name)
         calls.extend([1, 1])  # no third call any more: what was done is not done again
-        streaming.locate_file(*load(llama), text_file, tmp_path / name, batch_size=BATCH, aggregate=name == "b")
+        locate_file.locate_file(*load(llama), text_file, tmp_path / name, batch_size=BATCH, aggregate=name == "b")
         assert len(calls) == 6
 
 
@@ -249,9 +253,10 @@ def test_sigkill_and_resume_through_the_command_line(llama, text_file, tmp_path)
     arguments = ["--model", llama, "--data", text_file, "--batch-size", BATCH, "--device", "cpu"]
     slow = """
 import sys, time
-from mipfast import cli, streaming
-real, streaming.CHUNK = streaming.locate, 2
-streaming.locate = lambda *a: (time.sleep(0.3), real(*a))[1]
+from mipfast import cli
+from mipfast.experiment import locate_file
+real, locate_file.CHUNK = locate_file.locate, 2
+locate_file.locate = lambda *a: (time.sleep(0.3), real(*a))[1]
 cli.app(sys.argv[1:])
 """
     out = tmp_path / "out"
@@ -265,7 +270,7 @@ cli.app(sys.argv[1:])
     assert len(list(out.glob("shard-*"))) < 3
     result = command(*arguments, "--out", out)
     assert result.exit_code == 0 and "mipfast.streaming.read" in result.output
-    assert same(streaming.read(out), run(llama, text_file, tmp_path / "whole"))
+    assert same(locate_file.read(out), run(llama, text_file, tmp_path / "whole"))
 
 
 # ---------------------------------------------------------------------------------------------- refused
@@ -279,7 +284,7 @@ def test_another_model_file_or_config_is_refused(llama, text_file, tmp_path):
     def refused(what, model=model, data=text_file, config=None, **options):
         expected = rf"holds a run with another {what}: found .*, this run has .*; give another"
         with pytest.raises(mipfast.ArtefactError, match=expected):
-            streaming.locate_file(model, encoder, data, out, config, **{"batch_size": BATCH, "limit": 3, **options})
+            locate_file.locate_file(model, encoder, data, out, config, **{"batch_size": BATCH, "limit": 3, **options})
 
     refused("config", config=LocateConfig(top_k=4))
     refused("config", config=LocateConfig(positions=[0, 1]))
@@ -291,7 +296,7 @@ def test_another_model_file_or_config_is_refused(llama, text_file, tmp_path):
     encoder.tokenizer.chat_template = "{{ messages[0].content }}"
     refused("encoder")
     encoder.tokenizer.chat_template = None
-    refused("dtype", model=samples.load_model(llama, dtype="bfloat16"))
+    refused("dtype", model=checkpoint.load_model(llama, dtype="bfloat16"))
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1.5)
     refused("model")
     assert kept == {p.name: p.read_bytes() for p in out.iterdir()}
@@ -299,13 +304,13 @@ def test_another_model_file_or_config_is_refused(llama, text_file, tmp_path):
 
 def test_a_damaged_folder_is_refused(llama, text_file, tmp_path):
     with pytest.raises(mipfast.ArtefactError, match="run.json is missing"):
-        streaming.read(tmp_path)
-    for aggregate, name in ((False, "shard-000000.safetensors"), (True, streaming.AGGREGATE)):
+        locate_file.read(tmp_path)
+    for aggregate, name in ((False, "shard-000000.safetensors"), (True, locate_file.AGGREGATE)):
         out = tmp_path / name
         run(llama, text_file, out, aggregate=aggregate, limit=3)
         (out / name).write_bytes((out / name).read_bytes()[:-8])
         with pytest.raises(mipfast.ArtefactError, match="is damaged .*remove it and run the same"):
-            streaming.read(out)
+            locate_file.read(out)
     (out / "run.json").write_text("{")
     with pytest.raises(mipfast.ArtefactError, match="remove the folder"):
         run(llama, text_file, out)
@@ -327,7 +332,7 @@ def test_a_damaged_folder_is_refused(llama, text_file, tmp_path):
     ],
 )
 def test_a_malformed_line_is_named_before_anything_runs(llama, tmp_path, monkeypatch, line, found):
-    monkeypatch.setattr(streaming, "locate", None)
+    monkeypatch.setattr(locate_file, "locate", None)
     data = write(tmp_path, [{"prompt": "who", "answer": "a"}, line])
     with pytest.raises(InputError, match=f"data.jsonl, line 2: .*{found}"):
         run(llama, data, tmp_path / "out")
@@ -353,7 +358,7 @@ def test_an_error_while_locating_names_the_lines(llama, text_file, tmp_path):
     model, encoder = load(llama)
     model.model.layers[2].mlp.down_proj.weight.data.fill_(torch.inf)
     with pytest.raises(mipfast.DivergedError, match=r"data.jsonl, a batch of lines (\d+, ){3}\d+: "):
-        streaming.locate_file(model, encoder, text_file, tmp_path / "out", batch_size=BATCH)
+        locate_file.locate_file(model, encoder, text_file, tmp_path / "out", batch_size=BATCH)
 
 
 def test_the_bar_knows_of_long_samples_to_come(llama, tmp_path, monkeypatch):
@@ -362,12 +367,12 @@ def test_the_bar_knows_of_long_samples_to_come(llama, tmp_path, monkeypatch):
     data = write(tmp_path, [short] * 16 + [long] * 8)
     steps = []
 
-    class Bar(streaming.tqdm):
+    class Bar(locate_file.tqdm):
         def update(self, n=1):
             super().update(n)
             steps.append((self.n / self.total, self.postfix))
 
-    monkeypatch.setattr(streaming, "tqdm", partial(Bar, file=io.StringIO()))
+    monkeypatch.setattr(locate_file, "tqdm", partial(Bar, file=io.StringIO()))
     config = LocateConfig(progress=True)
     run(llama, data, tmp_path / "out", config)
     shares, notes = zip(*steps, strict=True)
@@ -383,15 +388,15 @@ def test_the_bar_knows_of_long_samples_to_come(llama, tmp_path, monkeypatch):
 
 
 def test_dry_run_shows_the_cost_and_runs_nothing(llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "load_model", None)
+    monkeypatch.setattr(checkpoint, "load_model", None)
     arguments = ["--model", llama, "--data", text_file, "--out", tmp_path / "out", "--dry-run", "--limit", 10]
     result = command(*arguments)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     assert result.exit_code == 0 and not (tmp_path / "out").exists()
     for row in ("samples", "tokens", "PFLOP", "memory", "time on this machine", "time on H100", "time on H200"):
         assert row in shown
-    encoder = samples.Encoder.from_pretrained(llama)
-    surveyed = streaming.survey(encoder, text_file, LocateConfig(), limit=10)
+    encoder = Encoder.from_pretrained(llama)
+    surveyed = locate_file.survey(encoder, text_file, LocateConfig(), limit=10)
     encoded = [encoder.encode(s) for s in read_lines(text_file, 10)]
     assert (surveyed.samples, surveyed.tokens) == (10, sum(s.tokens for s in encoded))
     assert (
@@ -405,7 +410,7 @@ def test_the_command_line_s_options_reach_the_config(mixed_file, tmp_path):
     options = "--positions 0,1 --n-steps 1 --top-k 2 --objective log_odds --limit 2 --dtype float32 --device cpu"
     result = command("--model", DEMO, "--data", mixed_file, "--out", tmp_path, *options.split(), "--aggregate")
     assert result.exit_code == 0, result.output
-    config = streaming.read(tmp_path).report["config"]
+    config = locate_file.read(tmp_path).report["config"]
     assert config["positions"] == [0, 1] and config["n_steps"] == 1 and config["objective"] == "log_odds"
     wrong = command("--model", DEMO, "--data", mixed_file, "--out", tmp_path, "--modality", "sound")
     assert isinstance(wrong.exception, InputError) and "modality='sound'" in str(wrong.exception)

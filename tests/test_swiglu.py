@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from accuracy import BACKENDS, DEVICE, DTYPES, assert_accurate
 
-from mipfast import ops, reference
+from mipfast import ops
 from mipfast.errors import InputError
+from mipfast.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 

@@ -20,7 +20,7 @@ from mipfast import (
     misdirect,
     prune,
 )
-from mipfast.training import order
+from mipfast.edit.train import order
 
 LR = 1e-2
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mipfast import DivergedError, InputError, find_sites
-from mipfast.pruning import neuron_slices
-from mipfast.training import Losses, descend, order, training
+from mipfast.edit.prune import neuron_slices
+from mipfast.edit.train import Losses, descend, order, training
 
 
 def gpt2():

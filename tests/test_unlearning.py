@@ -17,8 +17,8 @@ from mipfast import (
     misdirect,
     unlearn,
 )
+from mipfast.edit.prune import active_prunes
 from mipfast.errors import DivergedError
-from mipfast.pruning import active_prunes
 
 
 def test_unlearn_edits_the_located_neurons_of_both_towers_and_no_others():
@@ -138,7 +138,9 @@ def test_locate_leaves_no_trace_on_the_model():
 
 def test_a_failure_inside_a_replay_leaves_no_trace_either(monkeypatch):
     model = tiny_llama()
-    monkeypatch.setattr("mipfast.attribution.objective_value", lambda *a: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr(
+        "mipfast.scoring.search.objective_value", lambda *a: (_ for _ in ()).throw(RuntimeError("boom"))
+    )
     with pytest.raises(RuntimeError, match="boom"):
         locate(model, text_batch(model, [9], [1]))
     assert all(p.requires_grad for p in model.parameters())

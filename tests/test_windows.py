@@ -6,7 +6,7 @@ import transformers
 from tiny import image_batch, tiny_llava, tiny_qwen_vl
 
 from mipfast import locate
-from mipfast.windows import NAME, grouped_windows
+from mipfast.model.window_attention import NAME, grouped_windows
 
 handed_over = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 cuts at windows itself"
@@ -80,7 +80,7 @@ def test_locate_by_either(monkeypatch, calls):
     model = tiny_qwen_vl()
     batch = image_batch(model, 3, size=SIZES)
     found, ours = locate(model, batch, modality="vision"), len(calls)
-    monkeypatch.setattr("mipfast.windows._takes_bounds", lambda kind: False)
+    monkeypatch.setattr("mipfast.model.window_attention._takes_bounds", lambda kind: False)
     calls.clear()
     expected = locate(model, batch, modality="vision")
     assert ours < len(calls)

@@ -9,14 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mipfast import page
-from mipfast.comparison import FLAGS
 from mipfast.demo.findings import NOT_FORGOTTEN, gap
 from mipfast.demo.pictures import PLACES, Values, attacks_figure, cross_modal_figure, sweep_figure
 from mipfast.demo.probes import NOTES as PROBE_NOTES
+from mipfast.demo.report import COLUMNS, accuracy_figure
+from mipfast.experiment import page
+from mipfast.experiment.comparison import FLAGS
+from mipfast.experiment.figures import GROUPS, MODALITIES, sample_sd, spread
+from mipfast.experiment.page import Bullets, Fold, Grid, Heading, Part, Picture, Verbatim
 from mipfast.files import write_json
-from mipfast.page import Bullets, Fold, Grid, Heading, Part, Picture, Verbatim
-from mipfast.report import COLUMNS, GROUPS, MODALITIES, accuracy_figure, sample_sd, spread
 
 HEADS = [f"{group} {kind}" for group, kind in COLUMNS]
 

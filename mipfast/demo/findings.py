@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mipfast.comparison import Place, Scores, flags
 from mipfast.demo.people import Question
 from mipfast.demo.trial import GROUPS, MODALITIES, ROWS
+from mipfast.experiment.comparison import Place, Scores, flags
 
 RATED = ("MIP", "GradDiff", "NPO + retain", "retrained")  # beside the directions
 NOT_FORGOTTEN = 50.0  # percent of the forget questions

@@ -36,9 +36,9 @@ from mipfast.demo.findings import collect
 from mipfast.demo.people import Question, Split
 from mipfast.demo.probes import PROBES
 from mipfast.demo.trial import MODALITIES, ROWS, SETTINGS, Trial, rmisu
+from mipfast.edit.neuron_path import NeuronPath
 from mipfast.errors import DivergedError
 from mipfast.files import clear_left_over, machine, versions, write_json
-from mipfast.path import NeuronPath
 
 log = logging.getLogger("mipfast")
 

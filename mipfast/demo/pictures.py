@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mipfast.report import COLOUR, MODALITIES, PALE, drawing, sample_sd
+from mipfast.experiment.figures import COLOUR, MODALITIES, PALE, drawing, sample_sd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mipfast import attacks
 from mipfast.demo import people
 from mipfast.demo.model import Batch, Encoder
-from mipfast.evaluation import evaluate
+from mipfast.judge import attacks
+from mipfast.judge.accuracy import evaluate
 
 if TYPE_CHECKING:
     from mipfast.demo.trial import Trial

@@ -25,9 +25,9 @@ from mipfast.demo.trial import (
     STEPS,
     Trial,
 )
+from mipfast.edit.neuron_path import NeuronPath
 from mipfast.errors import ArtefactError
 from mipfast.files import machine, versions, write_atomic
-from mipfast.path import NeuronPath
 
 log = logging.getLogger("mipfast")
 

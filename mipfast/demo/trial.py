@@ -12,22 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mipfast import baselines, unlearning
-from mipfast.attacks import relearned
-from mipfast.attribution import Attribution, locate
-from mipfast.baselines import GA, MANU, NPO, RMU, AdaptiveRMU, BaselineConfig, GradDiff, KLMin
 from mipfast.demo import model as tiny
 from mipfast.demo import people
+from mipfast.edit import baselines, unlearn
+from mipfast.edit.baselines import GA, MANU, NPO, RMU, AdaptiveRMU, BaselineConfig, GradDiff, KLMin
+from mipfast.edit.config import MIPConfig, RMisUConfig
+from mipfast.edit.lora import merge_adapter
+from mipfast.edit.neuron_path import NeuronPath
+from mipfast.edit.prune import prune
+from mipfast.edit.train import order
 from mipfast.errors import InputError
-from mipfast.evaluation import evaluate
-from mipfast.lora import merge_adapter
-from mipfast.misdirection import RMisUConfig
-from mipfast.path import NeuronPath, per_label
-from mipfast.positions import Rows, text_rows, without_labels
-from mipfast.pruning import prune
-from mipfast.sites import find_sites
-from mipfast.training import order
-from mipfast.unlearning import MIPConfig
+from mipfast.judge.accuracy import evaluate
+from mipfast.judge.attacks import relearned
+from mipfast.model.batch import without_labels
+from mipfast.model.positions import Rows, text_rows
+from mipfast.model.sites import find_sites
+from mipfast.scoring.attribution import Attribution, per_label
+from mipfast.scoring.search import locate
 
 GROUPS, MODALITIES = ("forget", "retain", "general"), ("text", "image")
 PRUNE_FRACTION = 0.15
@@ -231,7 +232,7 @@ def rmisu(
             direction=direction,
             seed=trial.seed if seed is None else seed,
         )
-        report = unlearning.edit(
+        report = unlearn.edit(
             trial.model, path, *trial.edit_batches(sizes, seed), MIPConfig(rmisu=config, progress=trial.progress)
         )
         if trainable == "lora":

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mipfast.attribution import locate
 from mipfast.errors import InputError
-from mipfast.positions import Batch, Positions, find_labels
-from mipfast.sites import find_sites
+from mipfast.model.batch import Batch, find_labels
+from mipfast.model.positions import Positions
+from mipfast.model.sites import find_sites
+from mipfast.scoring.search import locate
 
 
 class NeuronPathIG:

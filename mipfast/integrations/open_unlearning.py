@@ -13,14 +13,14 @@ from typing import Any
 
 from transformers import Trainer
 
+from mipfast.edit.config import MIPConfig, RMisUConfig
+from mipfast.edit.prune import prune
+from mipfast.edit.unlearn import locate_path
 from mipfast.errors import InputError
+from mipfast.experiment.config import overridden, settings_of
 from mipfast.files import write_atomic
-from mipfast.misdirection import RMisUConfig
-from mipfast.pipeline import overridden, settings_of
-from mipfast.positions import Batch, find_labels
-from mipfast.pruning import prune
-from mipfast.trainer import RMisUTrainer
-from mipfast.unlearning import MIPConfig, locate_path
+from mipfast.integrations.trainer import RMisUTrainer
+from mipfast.model.batch import Batch, find_labels
 
 NAME = "MIPEditor"
 # fields of RMisUConfig that a Trainer's arguments stand for

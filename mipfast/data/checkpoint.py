@@ -1,0 +1,66 @@
+"""Models in folders: loading, saving, and the tokenizer files beside them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.errors import InputError, ModelError
+from mipfast.model.families import auto_class
+
+# what a tokenizer, a processor and a chat template are read from
+COMPANIONS = """tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json chat_template*
+*processor_config.json *.model""".split()
+
+
+def load_model(folder: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Module:
+    """The model of a local folder or Hub id in eval mode, with its vision tower where it has one. No code from the
+    folder runs. Raises ModelError where there is none."""
+    from transformers import AutoConfig
+
+    check_device(device)
+    model = _loaded(auto_class(_loaded(AutoConfig, folder)), folder, dtype=dtype)
+    return model.eval().to(device)
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for one that torch does not have here; None is any."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={device!r} is not to be had here ({_first_sentence(error)}); expected cpu") from error
+
+
+def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
+    """Write a plain transformers folder: the model's weights and config, and, as they are, the tokenizer's and the
+    processor's files of source, the folder or Hub id the model came from."""
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(str(source), allow_patterns=COMPANIONS)
+    model.save_pretrained(folder)
+    for pattern in COMPANIONS:
+        for file in Path(source).glob(pattern):
+            shutil.copyfile(file, Path(folder) / file.name)
+
+
+def _loaded(auto: Any, folder: str | Path, **options: Any) -> Any:
+    """Raises ModelError in place of transformers' errors for a folder that lacks something."""
+    name = str(folder)
+    if not Path(folder).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no folder {name}; expected a transformers folder or Hub id")
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder} gives no {auto.__name__} ({_first_sentence(error)}); expected a transformers folder or Hub id"
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """transformers goes on for a paragraph, and breaks its lines within a sentence."""
+    return str(error).strip().split("\n")[0].split(". ")[0]

@@ -1,0 +1,284 @@
+"""Records to model inputs: a folder's model, and the tokenizer, image processor and chat template it comes with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mipfast.data.checkpoint import _first_sentence, _loaded
+from mipfast.data.records import Picture, Record
+from mipfast.errors import InputError, ModelError
+
+log = logging.getLogger("mipfast")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record as token ids, its picture's placeholders among the prompt's. patches: of the picture, in the vision
+    tower."""
+
+    id: str
+    prompt: list[int]
+    answer: list[int]
+    image: Picture | None
+    patches: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+class Encoder:
+    """Records to model inputs.
+
+    With a chat template the prompt is the user's turn and the answer begins the assistant's; without one the answer's
+    tokens follow the prompt's. Both are tokenised on their own, so that the boundary between them is a boundary between
+    tokens: without a template begin an answer with the space that separates it where the tokenizer wants one. Only the
+    answer is labelled, without an end token unless a batch asks for one. A picture stands where the prompt has one
+    placeholder token, else before the prompt.
+
+    tokenizer, image_processor (None: text only) and config are the model folder's. processor: the family's, where it
+    can be built; it says how many tokens a picture takes. Without it that is known for Qwen-VL alone, whose processor
+    asks for torchvision because of its videos."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, processor: Any = None):
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.processor = processor
+        self._expansions: dict[tuple[int, int], tuple[list[int], int]] = {}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Encoder:
+        """Raises ModelError where there is no config or tokenizer."""
+        from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+
+        config = _loaded(AutoConfig, folder)
+        tokenizer = _loaded(AutoTokenizer, folder)
+        if not hasattr(config, "vision_config"):
+            return cls(tokenizer, None, config)
+        try:
+            images = _loaded(AutoImageProcessor, folder)
+        except (ModelError, ImportError) as error:  # text alone needs neither
+            log.info("no pictures can be read: %s", _first_sentence(error))
+            return cls(tokenizer, None, config)
+        try:
+            processor = _loaded(AutoProcessor, folder)
+        except (ModelError, ImportError) as error:
+            log.info("no processor, so pictures go by the image processor: %s", _first_sentence(error))
+            return cls(tokenizer, images, config)
+        if not isinstance(processor, ProcessorMixin):  # of a folder without one's files it is the tokenizer
+            return cls(tokenizer, images, config)
+        return cls(processor.tokenizer, processor.image_processor, config, processor)
+
+    def fingerprint(self) -> str:
+        """A hash of what turns records into inputs."""
+        parts = [
+            self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer.get_vocab()),
+            repr(getattr(self._renderer, "chat_template", None)),
+            self.image_processor.to_json_string() if self.image_processor else "",
+            type(self.processor).__name__,
+        ]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+    def encode(self, record: Record) -> Encoded:
+        """Of a picture only the size is read. Raises InputError, without the record's id."""
+        picture, patches = _picture(record.image), 0
+        if picture:
+            self._check_sees()
+        text = self._text(record.prompt, picture)
+        prompt = list(self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"])
+        found = prompt.count(self._image_token) if self._image_token is not None else 0
+        if found != bool(picture):
+            raise InputError(f"the prompt has {found} image placeholders; expected {'one' if picture else 'none'}")
+        if picture:
+            at = prompt.index(self._image_token)
+            tokens, patches = self._expansion(text, prompt, at, picture.size)
+            prompt[at : at + 1] = tokens
+        answer = list(self.tokenizer(record.target, add_special_tokens=False)["input_ids"])
+        if not prompt or not answer:
+            raise InputError(f"the {'answer' if prompt else 'prompt'} gives no token; expected at least one")
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and len(prompt) + len(answer) > longest:
+            raise InputError(f"{len(prompt) + len(answer)} tokens; the model takes {longest}: shorten the sample")
+        return Encoded(record.id, prompt, answer, picture, patches)
+
+    def batch(self, records: Sequence[Record | Encoded], end: bool = False) -> dict[str, torch.Tensor]:
+        """What model(**batch) takes, padded on the right: input_ids, attention_mask and labels [n,S], for a Qwen-VL
+        also mm_token_type_ids, and with pictures the image processor's outputs: pixel_values [patches, ...] and
+        image_grid_thw [pictures,3] for a Qwen-VL, pixel_values [pictures,3,height,width] for LLaVA. Records with and
+        without a picture may share it. end: every answer ends with the tokenizer's end token, labelled, as in training;
+        InputError where it has none."""
+        rows = self.encoded(records)
+        if end and self.tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end token, so no model could learn to stop; set its eos_token")
+        answers = [row.answer + [self.tokenizer.eos_token_id] * end for row in rows]
+        batch = self._inputs(rows, [row.prompt + answer for row, answer in zip(rows, answers, strict=True)], "right")
+        labels = torch.full_like(batch["input_ids"], -100)
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            labels[i, len(row.prompt) : len(row.prompt) + len(answer)] = torch.tensor(answer)
+        return batch | {"labels": labels}
+
+    def prompts(self, records: Sequence[Record | Encoded]) -> dict[str, torch.Tensor]:
+        """What model.generate(**prompts) takes: `batch` without answers and labels, padded on the left."""
+        rows = self.encoded(records)
+        return self._inputs(rows, [row.prompt for row in rows], "left")
+
+    def encoded(self, records: Sequence[Record | Encoded]) -> list[Encoded]:
+        """Raises InputError with the record's id."""
+        return [self._named(record) if isinstance(record, Record) else record for record in records]
+
+    def _named(self, record: Record) -> Encoded:
+        try:
+            return self.encode(record)
+        except InputError as error:
+            raise InputError(f"record {record.id} of {record.group}: {error}") from error
+
+    def _inputs(self, rows: list[Encoded], ids: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+        longest = max(map(len, ids))
+        padding = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+        tokens = torch.full((len(ids), longest), padding)
+        mask = torch.zeros_like(tokens)
+        for i, row in enumerate(ids):
+            start = longest - len(row) if side == "left" else 0
+            tokens[i, start : start + len(row)], mask[i, start : start + len(row)] = torch.tensor(row), 1
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        if self._is_qwen_vl():
+            inputs["mm_token_type_ids"] = (tokens == self.config.image_token_id).int()
+        if pictures := [row for row in rows if row.image]:
+            inputs |= self._pixels(pictures)
+        return inputs
+
+    @property
+    def _renderer(self) -> Any:
+        return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+
+    @property
+    def _template(self) -> bool:
+        return bool(self._renderer.chat_template)
+
+    @property
+    def _image_token(self) -> int | None:
+        return getattr(self.config, "image_token_id", None)
+
+    def _check_sees(self) -> None:
+        by_size = self._is_qwen_vl() and hasattr(self.image_processor, "get_number_of_image_patches")
+        if not (self.processor or by_size):
+            raise InputError(
+                f"pictures for {self.config.model_type} cannot be encoded here; expected a folder with its processor, "
+                "or a Qwen-VL (image_token_id, vision_start_token_id and vision_end_token_id in its config, an image "
+                "processor in its folder). Call mipfast.locate on batches of the model's own processor instead"
+            )
+
+    def _adds_bos(self, text: str) -> bool:
+        """As transformers does: a tokenizer's template writes all special tokens, a processor adds a BOS that its
+        template has not written."""
+        if self.processor is None and self._template:
+            return False
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+    def _text(self, prompt: str, picture: Picture | None) -> str:
+        """The prompt as the model is shown it, with one placeholder for a picture."""
+        if not self._template:
+            return self._placeholder(prompt) + prompt if picture else prompt
+        text = {"type": "text", "text": prompt}
+        contents: list[Any] = [[{"type": "image"}, text]] if picture else [prompt, [text]]
+        for content in contents:
+            turn = [{"role": "user", "content": content}]
+            shown = self._renderer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            if prompt.strip() in shown:  # a template made for parts shows nothing of a plain text
+                return shown
+        raise InputError("the chat template does not show the prompt; expected one with a user's turn")
+
+    def _placeholder(self, prompt: str) -> str:
+        """What goes before a prompt without a template: nothing where the prompt has a placeholder itself."""
+        config = self.config
+        tokens = (
+            [config.vision_start_token_id, self._image_token, config.vision_end_token_id]
+            if self._is_qwen_vl()
+            else [self._image_token]
+        )
+        names = self.tokenizer.convert_ids_to_tokens([token for token in tokens if token is not None])
+        return "" if not names or any(name in prompt for name in names) else "".join(names)
+
+    def _is_qwen_vl(self) -> bool:
+        names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+        return all(getattr(self.config, name, None) is not None for name in names)
+
+    def _expansion(self, text: str, prompt: list[int], at: int, size: tuple[int, int]) -> tuple[list[int], int]:
+        """What the placeholder at a place of the prompt becomes for a picture of that (width, height), and the
+        picture's patches. Depends on the size alone."""
+        if size not in self._expansions:
+            self._expansions[size] = (
+                self._by_processor(text, prompt, at, size) if self.processor else self._by_size(size)
+            )
+        return self._expansions[size]
+
+    def _by_processor(self, text: str, prompt: list[int], at: int, size: tuple[int, int]) -> tuple[list[int], int]:
+        """The processor's own tokens for a blank picture, which must stand where the placeholder stood, all else
+        unchanged."""
+        from PIL import Image
+
+        blank = Image.new("RGB", size)
+        bos = {"add_special_tokens": self._adds_bos(text)}
+        inputs = self.processor(text=[text], images=[blank], return_tensors="pt", **bos)
+        whole, tail = inputs["input_ids"][0].tolist(), len(prompt) - at - 1
+        stop = len(whole) - tail
+        if whole[:at] != prompt[:at] or whole[stop:] != prompt[at + 1 :]:
+            raise InputError(
+                f"{type(self.processor).__name__} changes more of the prompt than its image placeholder; call "
+                "mipfast.locate on batches of the processor instead"
+            )
+        if "image_grid_thw" in inputs:
+            return whole[at:stop], int(inputs["image_grid_thw"].prod())
+        patch = getattr(self.config.vision_config, "patch_size", 1)
+        *_, height, width = inputs["pixel_values"].shape
+        pictures = inputs["pixel_values"].shape[:-3].numel()
+        return whole[at:stop], pictures * (height // patch) * (width // patch)
+
+    def _by_size(self, size: tuple[int, int]) -> tuple[list[int], int]:
+        width, height = size
+        patches = int(self.image_processor.get_number_of_image_patches(height, width, {}))
+        return [self.config.image_token_id] * (patches // self.image_processor.merge_size**2), patches
+
+    def _pixels(self, rows: list[Encoded]) -> dict[str, torch.Tensor]:
+        pictures = [row.image.open() for row in rows if row.image]
+        pixels = self.image_processor(images=pictures, return_tensors="pt")
+        if "image_grid_thw" in pixels:
+            for row, patches in zip(rows, pixels["image_grid_thw"].prod(-1).tolist(), strict=True):
+                if patches != row.patches:
+                    where = row.image.where if row.image else row.id
+                    raise InputError(f"{where} changed since the run began; start again into another folder")
+        return {name: pixels[name] for name in self.image_processor.model_input_names if name in pixels}
+
+
+def in_batches(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Indices into rows: batches of one kind, with pictures or without, of similar length. Prompts first, because a
+    replay starts where the shortest prompt of its batch ends."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), len(rows[i].answer)))
+    kinds = [[i for i in order if bool(rows[i].image) == pictures] for pictures in (False, True)]
+    return [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
+
+
+class Batches(Sequence[dict[str, torch.Tensor]]):
+    """The batches of `in_batches` on a device, each made anew when it is asked for: the pixels of a whole retain set
+    are too many (1000 patches of a Qwen-VL are 4.7 MB, for every question about the picture)."""
+
+    def __init__(self, encoder: Encoder, records: Sequence[Record], batch_size: int, device: Any):
+        self.encoder, self.device, self.rows = encoder, device, encoder.encoded(records)
+        self.order = in_batches(self.rows, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: Any) -> Any:
+        batch = self.encoder.batch([self.rows[i] for i in self.order[number]])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def _picture(image: Any) -> Picture | None:
+    return image if image is None or isinstance(image, Picture) else Picture(image)

@@ -1,0 +1,1 @@
+"""What is done to the chosen neurons: a path, a prune, training."""

@@ -1,0 +1,88 @@
+"""Hidden states behind one block, from a forward pass that ends there."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.edit.prune import active_prunes
+from mipfast.errors import InputError
+from mipfast.model.batch import Batch, check_inputs, image_token, without_labels
+from mipfast.model.patching import removing, unwrapped
+from mipfast.model.positions import Positions, text_rows
+from mipfast.model.sites import Sites, check_layer, find_sites
+
+TOKENWISE = {"input_ids", "attention_mask", "position_ids", "mm_token_type_ids"}
+PICTURES = {"pixel_values", "image_grid_thw", "image_sizes"}
+
+
+def hidden_states(
+    model: Any, batch: Batch, layer: int, positions: Positions = "last_prompt", sites: Sites | None = None
+) -> torch.Tensor:
+    """Hidden states [T,D] behind one text block at the chosen positions of a batch with labels. The forward pass ends
+    there; tokens that no chosen position sees are left out, and the block's FFN runs at the chosen positions only.
+
+    sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
+    stack = (sites or find_sites(model)).text
+    check_layer(layer, stack)
+    check_inputs(model, batch)
+    block, ffn = stack.blocks[layer], stack.ffns[layer]
+    inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
+
+    def gather(module: nn.Module, args: tuple) -> tuple:
+        return args if args[0].shape[:-1] != shape else (args[0].flatten(0, 1)[None, rows], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if output.shape[:-1] == shape:
+            return output
+        return output.new_zeros(shape.numel(), output.shape[-1]).index_copy(0, rows, output[0]).unflatten(0, shape)
+
+    def stop(module: nn.Module, args: tuple, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as hooks:
+        if not _hooked(model):
+            hooks.enter_context(removing(ffn.register_forward_pre_hook(gather)))
+            hooks.enter_context(removing(ffn.register_forward_hook(scatter)))
+        hooks.enter_context(removing(block.register_forward_hook(stop)))
+        try:
+            model(**inputs, use_cache=False)
+        except _Reached as reached:
+            return reached.hidden.flatten(0, -2)[rows]
+    raise InputError(
+        f"the steered block {type(block).__name__} did not run in a forward pass of {type(model).__name__}"
+    )
+
+
+def _seen(model: Any, batch: Batch, rows: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, torch.Size]:
+    """(inputs cut behind the last of the rows of [n·S], the rows in them, [n,S] of them). Uncut where it is not known
+    how."""
+    inputs, shape = without_labels(batch), batch["labels"].shape
+    stop = int((rows % shape[1]).max()) + 1
+    tokenwise = {name: value for name, value in inputs.items() if name in TOKENWISE}
+    picture = image_token(unwrapped(model).config)
+    if (
+        _hooked(model)
+        or "input_ids" not in inputs
+        or not inputs.keys() <= {*TOKENWISE, *PICTURES}
+        or any(value.ndim != 2 and name != "position_ids" for name, value in tokenwise.items())
+        or (picture is not None and bool((inputs["input_ids"][:, stop:] == picture).any()))
+    ):
+        return inputs, rows, shape
+    cut = {name: value[..., :stop] for name, value in tokenwise.items()}
+    return {**inputs, **cut}, rows // shape[1] * stop + rows % shape[1], torch.Size((shape[0], stop))
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether a prune's hook may count positions."""
+    return any(handle.mode == "activations" for handle in active_prunes(model))
+
+
+class _Reached(Exception):
+    """Carries the steered block's output out of the forward pass."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden

@@ -1,0 +1,170 @@
+"""RMisU, representation misdirection: push forget-set hidden states to a random direction, hold the retain set's where
+they were, and train only what belongs to the path. MIP-Editor (arXiv 2511.06793) section 3.3.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from mipfast import ops
+from mipfast.edit.config import RMisUConfig, check_config
+from mipfast.edit.hidden import hidden_states
+from mipfast.edit.lora import adapter_slices, add_adapter, remove_adapter
+from mipfast.edit.prune import Neurons, active_prunes, check_neurons, neuron_slices
+from mipfast.edit.steering import find_target
+from mipfast.edit.train import Losses, Places, descend, order, take_batches, training
+from mipfast.errors import InputError
+from mipfast.model.batch import Batch
+from mipfast.model.sites import Sites, check_layer, find_sites
+
+log = logging.getLogger("mipfast")
+
+
+def rmisu_loss(
+    forget: torch.Tensor | None,
+    retain: torch.Tensor | None,
+    target: torch.Tensor,
+    kept: torch.Tensor | None,
+    alpha: float = 0.5,
+) -> Losses:
+    """(1 - alpha) mean ||forget - target||²/D + alpha mean ||retain - kept||²/D, for any training loop.
+
+    forget [T,D], retain [R,D]: `hidden_states` of a forget and a retain batch; None leaves the term out: two calls and
+    two backward passes hold one graph at a time. target [D]: see `steering_target`. kept [R,D]: the retain batch's
+    hidden states before training. Returns scalars (loss, forget's mean, retain's mean)."""
+    away = None if forget is None else ops.misdirection_loss(forget, target)
+    held = None if retain is None or kept is None else ops.misdirection_loss(retain, kept)
+    terms = [] if away is None else [(1 - alpha) * away]
+    terms += [] if held is None else [alpha * held]
+    return Losses(torch.stack(terms).sum(), away, held)
+
+
+def misdirect(
+    model: nn.Module,
+    path: Neurons,
+    forget: Iterable[Batch],
+    retain: Iterable[Batch],
+    config: RMisUConfig | None = None,
+) -> dict[str, Any]:
+    """Train the path's neurons in place until the forget set's hidden states point somewhere meaningless.
+
+    forget, retain: batches as model(**batch) takes them, with labels; of a sequence a batch is asked for when its step
+    comes, so that it may be made then. Every step takes one of each. The loss is `rmisu_loss` at the output of block
+    `layer`, where the forward pass stops; the retain set's hidden states are held at those of the model before any
+    prune still in force. Returns a report: what trained, what could not, losses per step, the target's length, seconds,
+    and of a learned direction the answers' mean log-probability with hidden states on it and on the draw it began with.
+
+    With trainable="lora" the model then has the adapter, which `model.save_pretrained` writes; see
+    `mipfast.edit.lora.fold_prune` for one that needs no prune.
+
+    Raises InputError where nothing could train, DivergedError for a loss that is not finite."""
+    started = time.monotonic()
+    config = config or RMisUConfig()
+    sites = check_neurons(model, path)
+    check_config(config)
+    layer = steering_layer(config, sites)
+    forget, retain = take_batches(forget, retain)
+    steps = config.steps if config.steps is not None else config.epochs * len(forget)
+    forget_order, retain_order = order(config.seed, (len(forget), len(retain)), steps)
+    neurons, above = reached(path, sites, layer, config.trainable)
+    check_no_hook(model, neurons)
+
+    def hidden(batch: Batch) -> torch.Tensor:
+        return hidden_states(model, batch, layer, config.positions, sites)
+
+    def terms(step: tuple[int, int]) -> Iterator[Losses]:
+        yield rmisu_loss(hidden(forget[step[0]]), None, target, None, config.alpha)
+        yield rmisu_loss(None, hidden(retain[step[1]]), target, kept[step[1]], config.alpha)
+
+    with ExitStack() as edit:
+        if config.trainable == "lora":
+            add_adapter(model, neurons, config.lora_rank, config.lora_alpha, config.seed)
+            edit.callback(remove_adapter, model)
+            sites = find_sites(model)
+        with training(model, train_places(neurons, sites, config.trainable)) as leaves:
+            with unedited(model):
+                kept = {i: hidden(retain[i]) for i in sorted(set(retain_order))}
+                first, every = hidden(forget[forget_order[0]]), torch.cat(list(kept.values()))
+                seen: Any = Subset(forget, forget_order)  # type: ignore[arg-type]
+                target, likely = find_target(model, config, layer, seen, first, every)
+            pairs = list(zip(forget_order, retain_order, strict=True))
+            epoch = max(len(forget), len(retain))
+            report = descend(leaves, terms, pairs, config.lr, epoch, "misdirect", config.progress)
+        edit.pop_all()
+    return report | {
+        **likely,
+        "config": asdict(config) | {"layer": layer},
+        "seed": config.seed,
+        "above_the_steering_layer": above,
+        "target_norm": target.norm().item(),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def steering_layer(config: Any, sites: Sites) -> int:
+    """Index of the text block whose output is steered. Raises InputError for one the model does not have."""
+    layer = config.layer if config.layer is not None else 3 * sites.text.num_layers // 5
+    check_layer(layer, sites.text)
+    return layer
+
+
+def reached(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[Neurons, list[str]]:
+    """(the neurons to train, "stack/layer" of those above the steering layer, which no loss there can reach). Raises
+    InputError where there is nothing to train."""
+    if trainable == "all":
+        path = {
+            (stack.name, i): torch.arange(stack.num_neurons) for stack in sites.stacks for i in range(len(stack.blocks))
+        }
+    chosen = {place: index for place, index in path.items() if place[0] != sites.text.name or place[1] <= layer}
+    above = [] if trainable == "all" else [f"{stack}/{i}" for stack, i in path if (stack, i) not in chosen]
+    if not chosen:
+        raise InputError(
+            f"nothing to train: the path has {len(path)} layers, {len(above)} of them above the steering layer {layer}"
+        )
+    if above:
+        log.warning("%s lie above the steering layer %d: pruned perhaps, but not trained", ", ".join(above), layer)
+    return chosen, above
+
+
+def train_places(neurons: Neurons, sites: Sites, trainable: str) -> Places:
+    """{"stack/layer": what trains}."""
+    places: Places = {}
+    for (stack, i), index in neurons.items():
+        rows, columns = neuron_slices(sites, stack, i, index)
+        parts = columns if trainable == "down" else [*rows, *columns]
+        if trainable == "lora":
+            places[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
+        else:
+            places[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
+    return places
+
+
+def check_no_hook(model: nn.Module, neurons: Neurons) -> None:
+    """Raises InputError where a prune by hook stands between the loss and what should train."""
+    for handle in active_prunes(model):
+        hooked = [
+            f"{stack}/{i}" for stack, i in handle.neurons if handle.mode == "activations" and (stack, i) in neurons
+        ]
+        if hooked:
+            raise InputError(
+                f"{', '.join(hooked)} are zeroed by prune(mode='activations'): no gradient passes that hook. "
+                "Undo it, or prune with mode='weights'"
+            )
+
+
+@contextmanager
+def unedited(model: nn.Module) -> Iterator[None]:
+    """Without gradients, and without the prunes in force."""
+    with torch.no_grad(), ExitStack() as suspended:
+        for handle in reversed(active_prunes(model)):
+            suspended.enter_context(handle.suspended())
+        yield

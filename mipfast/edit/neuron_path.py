@@ -1,0 +1,156 @@
+"""Which neurons to edit: a selection from attributions, or a random control of the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from mipfast.errors import InputError
+from mipfast.files import load_artefact, save_artefact
+from mipfast.model.sites import Sites
+from mipfast.scoring.attribution import Attribution, per_label
+
+Aggregate = Literal["mean", "union", "contrast", "snr"]
+SNR_FLOOR = 0.1  # of the mean damage, added to every neuron's: without it, neurons that matter to nothing would win
+
+
+class NeuronPath(dict[tuple[str, int], torch.Tensor]):
+    """{(stack name, layer): indices [k] int64, best first}. fingerprint: names and sizes of the model's stacks and a
+    hash of its weights. origin: how it was chosen."""
+
+    def __init__(self, neurons: Any = (), fingerprint: dict | None = None, origin: dict | None = None):
+        super().__init__(neurons)
+        self.fingerprint = fingerprint or {"stacks": {}, "weights": ""}
+        self.origin = origin or {}
+
+    @property
+    def num_neurons(self) -> int:
+        return sum(len(indices) for indices in self.values())
+
+    @classmethod
+    def select(
+        cls,
+        attributions: Attribution | Sequence[Attribution],
+        fraction: float = 0.1,
+        *,
+        per_layer: int | None = None,
+        aggregate: Aggregate = "mean",
+        retain: Attribution | Sequence[Attribution] | None = None,
+        scope: Literal["layer", "stack"] = "layer",
+    ) -> NeuronPath:
+        """The best neurons of every stack the attributions speak of.
+
+        Budget: per_layer neurons, or fraction of them, per layer; with scope="stack" fraction of the whole stack,
+        wherever they are. Every sample's scores are first divided by its number of labels (IFI: its square), so that
+        long answers do not dominate. aggregate:
+        mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on any sample's
+        path, whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean square over the retain
+        groups' samples, every group counted equally; give it general knowledge beside the retain set, or that is what
+        breaks. The forget attributions may have the counterfactual baseline, which the path's origin then names; D
+        estimates what pruning breaks with the zero baseline.
+
+        Raises InputError for a budget larger than a layer, or a missing retain set."""
+        forget, kept = _by_stack(attributions), _by_stack(retain or [])
+        if not forget:
+            raise InputError("no attributions to select from: the sequence was empty")
+        check_choice(aggregate, fraction if per_layer is None and aggregate != "union" else None)
+        fingerprints = [a.report["fingerprint"] for group in (*forget.values(), *kept.values()) for a in group]
+        if any(f != fingerprints[0] for f in fingerprints):
+            raise InputError("the attributions come from different models or weights; locate all of them on one")
+        neurons: dict[tuple[str, int], torch.Tensor] = {}
+        for stack, group in forget.items():
+            if aggregate in ("contrast", "snr") and stack not in kept:
+                raise InputError(f"aggregate={aggregate!r} needs retain attributions of {stack}; found none")
+            if aggregate == "union":
+                paths = torch.cat([a.path for a in group])
+                chosen = [layer[layer >= 0].unique() for layer in paths.unbind(1)]
+            else:
+                chosen = _best(_aggregate(group, kept.get(stack, []), aggregate), fraction, per_layer, scope)
+            dead = set().union(*(a.report["layers_without_gradient"] for a in group))
+            neurons |= {(stack, i): c for i, c in enumerate(chosen) if len(c) and i not in dead}
+        budget: dict[str, Any] = {"per_layer": per_layer} if per_layer else {"fraction": fraction, "scope": scope}
+        baselines = sorted({a.report.get("baseline", "zero") for group in forget.values() for a in group})
+        baseline = {} if baselines == ["zero"] else {"baseline": " and ".join(baselines)}
+        return cls(neurons, fingerprints[0], {"aggregate": aggregate, **budget, **baseline})
+
+    @classmethod
+    def random(cls, sites: Sites, like: NeuronPath, seed: int = 0) -> NeuronPath:
+        """As many neurons of every layer as `like` has, drawn without replacement from all of them."""
+        generator = torch.Generator().manual_seed(seed)
+        neurons = {
+            (stack, layer): torch.randperm(sites[stack].num_neurons, generator=generator)[: len(indices)]
+            for (stack, layer), indices in sorted(like.items())
+        }
+        return cls(neurons, sites.fingerprint(), {"aggregate": "random", "seed": seed})
+
+    def __or__(self, other: Any) -> NeuronPath:  # type: ignore[override]
+        """The neurons of both, this one's first."""
+        if not isinstance(other, NeuronPath):
+            return NotImplemented
+        both = dict(self)
+        for key, indices in other.items():
+            mine = both.get(key, indices[:0])
+            both[key] = torch.cat([mine, indices[~torch.isin(indices, mine)]])
+        return NeuronPath(both, self.fingerprint, {"union of": [self.origin, other.origin]})
+
+    def up_to(self, stack: str, layer: int) -> NeuronPath:
+        """Without the stack's neurons above layer, which a loss at that layer cannot train."""
+        kept = {key: indices for key, indices in self.items() if key[0] != stack or key[1] <= layer}
+        return NeuronPath(kept, self.fingerprint, self.origin)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write path.safetensors and path.json."""
+        tensors = {f"{stack}/{layer}": indices for (stack, layer), indices in self.items()}
+        save_artefact(folder, "path", tensors, {"fingerprint": self.fingerprint, "origin": self.origin})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> NeuronPath:
+        """Raises ArtefactError for a missing or damaged file."""
+        tensors, facts = load_artefact(folder, "path", facts=("fingerprint", "origin"))
+        split = {name: name.rsplit("/", 1) for name in sorted(tensors)}
+        neurons = {(stack, int(layer)): tensors[name] for name, (stack, layer) in split.items()}
+        return cls(neurons, facts["fingerprint"], facts["origin"])
+
+
+def _by_stack(attributions: Attribution | Sequence[Attribution]) -> dict[str, list[Attribution]]:
+    listed = [attributions] if isinstance(attributions, Attribution) else list(attributions)
+    found: dict[str, list[Attribution]] = {}
+    for attribution in listed:
+        found.setdefault(attribution.report["stack"], []).append(attribution)
+    return found
+
+
+def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggregate) -> torch.Tensor:
+    """[L,F]."""
+    mean = torch.cat([per_label(a) for a in forget]).mean(0)
+    if how == "contrast":
+        return mean - torch.stack([per_label(a).mean(0) for a in retain]).mean(0)
+    if how == "snr":
+        damage = torch.stack([per_label(a).square().mean(0) for a in retain]).mean(0).sqrt()
+        return mean / (damage + SNR_FLOOR * damage.mean())
+    return mean
+
+
+def check_choice(aggregate: str, fraction: float | None) -> None:
+    """Raises InputError for an aggregate that there is not, or a share of the neurons that is none."""
+    if aggregate not in get_args(Aggregate):
+        raise InputError(f"aggregate={aggregate!r}; expected mean, union, contrast or snr")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InputError(f"fraction={fraction}; expected a share of the neurons in (0, 1]")
+
+
+def _best(score: torch.Tensor, fraction: float, per_layer: int | None, scope: str) -> list[torch.Tensor]:
+    """Indices of the largest scores [L,F], best first, per layer."""
+    num_layers, num_neurons = score.shape
+    if scope == "stack":
+        if per_layer is not None:
+            raise InputError("per_layer and scope='stack' contradict each other; give a fraction")
+        order = score.flatten().sort(descending=True, stable=True).indices[: round(fraction * score.numel())]
+        return [order[order // num_neurons == layer] % num_neurons for layer in range(num_layers)]
+    k = per_layer if per_layer is not None else round(fraction * num_neurons)
+    if not 1 <= k <= num_neurons:
+        raise InputError(f"a budget of {k} neurons per layer of {num_neurons}; expected 1 to {num_neurons}")
+    return list(score.sort(dim=1, descending=True, stable=True).indices[:, :k])

@@ -1,0 +1,216 @@
+"""What trains while everything else stands still, and the loop that every gradient method shares."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from tqdm.auto import tqdm
+
+from mipfast.edit.prune import Slice
+from mipfast.errors import DivergedError, InputError
+from mipfast.model.batch import Batch, check_many
+from mipfast.model.patching import held
+
+log = logging.getLogger("mipfast")
+T = TypeVar("T")
+
+
+class Losses(NamedTuple):
+    """A step's loss or one term of it, and what it is made of before weighting; None what is no part of it."""
+
+    loss: torch.Tensor
+    forget: torch.Tensor | None = None
+    retain: torch.Tensor | None = None
+
+
+Places = dict[str, Sequence[Slice | torch.Tensor]]
+
+
+class Leaf:
+    """A whole parameter as the optimiser sees it: itself, or a float32 master where it is of half precision."""
+
+    def __init__(self, place: str, parameter: torch.Tensor):
+        self.place, self.parameter = place, parameter
+        self.tensor, self.hook = parameter, None
+        if parameter.dtype not in (torch.float32, torch.float64):
+            self.tensor = nn.Parameter(parameter.detach().float())
+            self.hook = parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def _collect(self, parameter: torch.Tensor) -> None:
+        grad = cast(torch.Tensor, parameter.grad).float()
+        self.tensor.grad = grad if self.tensor.grad is None else self.tensor.grad + grad
+        parameter.grad = None
+
+    def write(self) -> None:
+        """Put what was learned into the model."""
+        if self.hook:
+            self.parameter.data.copy_(self.tensor.detach())
+
+    def remove(self) -> None:
+        if self.hook:
+            self.hook.remove()
+
+
+class SliceLeaf:
+    """A slice of a projection's weight or bias, in float32 at least. The weight itself gets no gradient: a hook on the
+    projection computes the slice's alone, a share k/F of the work and memory."""
+
+    def __init__(self, place: str, part: Slice, projection: nn.Module):
+        self.place, self.part = place, part
+        if not isinstance(projection, nn.Linear) and type(projection).__name__ != "Conv1D":
+            raise InputError(f"{place}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
+        if not part.parameter.is_floating_point():
+            raise InputError(
+                f"{place}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first"
+            )
+        values = part.read()
+        self.tensor = nn.Parameter(values if values.dtype == torch.float64 else values.float())
+        transposed = not isinstance(projection, nn.Linear)
+        self.kind = (
+            "bias" if part.parameter.ndim == 1 else "outputs" if (part.dim == 0) != transposed else "inputs",
+            transposed,
+        )
+        self.hook = projection.register_forward_hook(self._forward)
+
+    def _forward(self, projection: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        return cast(torch.Tensor, _SliceGradient.apply(output, args[0], self.tensor, self.part.index, *self.kind))
+
+    def write(self) -> None:
+        self.part.write(self.tensor.detach())
+
+    def remove(self) -> None:
+        self.hook.remove()
+
+
+class _SliceGradient(torch.autograd.Function):
+    """The identity on a projection's output; its backward gives the slice the gradient that autograd would have given
+    to this part of the whole weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, leaf: torch.Tensor, index: torch.Tensor, what: str, turn: bool
+    ) -> torch.Tensor:
+        kept = x[..., index] if what == "inputs" else x if what == "outputs" else None
+        ctx.save_for_backward(index, kept)
+        ctx.what, ctx.turn, ctx.dtype = what, turn, leaf.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        index, x = ctx.saved_tensors
+        rows = grad_output.flatten(0, -2)
+        rows = rows if ctx.what == "inputs" else rows[:, index]
+        if ctx.what == "bias":
+            grad = rows.sum(0)
+        else:
+            grad = rows.T @ x.flatten(0, -2).to(rows.dtype)
+        return grad_output, None, (grad.T if ctx.turn and ctx.what != "bias" else grad).to(ctx.dtype), None, None, None
+
+
+Leaves = list[Leaf | SliceLeaf]
+
+
+@contextmanager
+def training(model: nn.Module, places: Places) -> Iterator[Leaves]:
+    """The leaves of some places, in eval mode (no dropout) and nothing else trainable; undone on the way out."""
+    whole = [part for parts in places.values() for part in parts if not isinstance(part, Slice)]
+    with held(model, whole):
+        leaves = make_leaves(model, places)
+        try:
+            yield leaves
+        finally:
+            for leaf in leaves:
+                leaf.remove()
+
+
+def make_leaves(model: nn.Module, places: Places) -> Leaves:
+    owner = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    return [
+        SliceLeaf(place, part, owner[id(part.parameter)]) if isinstance(part, Slice) else Leaf(place, part)
+        for place, parts in places.items()
+        for part in parts
+    ]
+
+
+def order(seed: int, counts: Iterable[int], steps: int) -> list[list[int]]:
+    """Which of count batches each step takes, for every count: epoch after epoch, each shuffled, cut to steps."""
+    rng = random.Random(seed)
+    return [[i for _ in range(-(-steps // count)) for i in rng.sample(range(count), count)][:steps] for count in counts]
+
+
+def take_batches(forget: Iterable[Batch], retain: Iterable[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """A sequence is kept: it may make its batches when asked for them. Raises InputError where there is none of
+    either, or one batch in the place of many."""
+    for name, batches in (("forget", forget), ("retain", retain)):
+        check_many(name, batches)
+    forget, retain = (batches if isinstance(batches, Sequence) else list(batches) for batches in (forget, retain))
+    if not forget or not retain:
+        raise InputError(f"{len(forget)} forget and {len(retain)} retain batches; expected at least one each")
+    return forget, retain
+
+
+def descend(
+    leaves: Leaves,
+    terms_of: Callable[[Any], Iterable[Losses]],
+    steps: Sequence[Any],
+    lr: float,
+    epoch: int,
+    name: str,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """One Adam step without weight decay for every step, on the sum of terms_of(step); each term goes backward before
+    the next is computed, so that only one holds a graph. Returns the report of the run.
+
+    epoch: the number of steps after which some leaf must have got a gradient. Raises InputError where none did,
+    DivergedError for a loss that is not finite."""
+    started = time.monotonic()
+    places = list(dict.fromkeys(leaf.place for leaf in leaves))
+    optimizer = torch.optim.Adam([leaf.tensor for leaf in leaves], lr=lr)
+    seen: dict[str, list[float]] = {"forget": [], "retain": []}
+    moving: set[str] = set()
+    for done, step in enumerate(tqdm(steps, desc=name, disable=not progress)):
+        for term in terms_of(step):
+            if not bool(term.loss.isfinite()):
+                advice = f"lower lr ({lr})" if done else "check the model's weights and dtype, and the target's length"
+                raise DivergedError(f"the loss of step {done} of {name} is {term.loss.item()}; {advice}")
+            if term.loss.requires_grad:  # not where a vision path meets batches without pictures
+                term.loss.backward()
+            for part, values in seen.items():
+                if (value := getattr(term, part)) is not None:
+                    values.append(value.item())
+        moving |= {leaf.place for leaf in leaves if leaf.place not in moving and _has_gradient(leaf.tensor)}
+        if done + 1 == epoch and not moving:
+            raise InputError(
+                f"no gradient reaches {', '.join(places)}: input rows of neurons whose columns are zero do not "
+                "train alone, and a vision tower needs batches with pixel_values"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        for leaf in leaves:
+            leaf.write()
+    idle = sorted(set(places) - moving)
+    if idle:
+        log.warning("no gradient ever reached %s", ", ".join(idle))
+    return {
+        "steps": len(steps),
+        "trained": {place: sum(t.tensor.numel() for t in leaves if t.place == place) for place in places},
+        "without_gradient": idle,
+        "forget_loss": seen["forget"],
+        "retain_loss": seen["retain"],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _has_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.grad is not None and bool(tensor.grad.any())

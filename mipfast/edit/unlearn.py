@@ -1,0 +1,118 @@
+"""The three stages as one call: locate, prune, misdirect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import nn
+
+from mipfast.edit.config import MIPConfig, check_kind
+from mipfast.edit.lora import fold_prune
+from mipfast.edit.misdirect import misdirect, steering_layer
+from mipfast.edit.neuron_path import NeuronPath
+from mipfast.edit.prune import prune
+from mipfast.edit.train import take_batches
+from mipfast.errors import InputError
+from mipfast.model.batch import Batch, find_labels
+from mipfast.model.sites import Sites, find_sites
+from mipfast.scoring.attribution import Attribution
+from mipfast.scoring.search import locate
+
+
+def unlearn(
+    model: nn.Module, forget: Iterable[Batch], retain: Iterable[Batch], config: MIPConfig | None = None
+) -> dict[str, Any]:
+    """Make the model forget, in place: locate on the forget set, prune the path for good, misdirect what it carried.
+
+    forget, retain: re-iterables of batches as model(**batch) takes them, with labels; batches of text questions and
+    batches with pixel_values apart, since IGI is fed the first and IFI the second. Put general knowledge beside the
+    retain set. With rmisu.trainable="lora" the weights stay and the adapter does the prune's work too
+    (`mipfast.edit.lora.fold_prune`). Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath.
+    Raises what the three stages raise."""
+    config = check_kind(config or MIPConfig(), MIPConfig)
+    config.check()
+    if config.rmisu.trainable == "all":
+        raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
+    forget, retain = ([*batches] for batches in take_batches(forget, retain))
+    for name, batches in (("forget", forget), ("retain", retain)):
+        for i, batch in enumerate(batches):  # before hours of locating
+            try:
+                find_labels(batch)
+            except InputError as error:
+                raise InputError(f"{name} batch {i}: {error}") from error
+    path, located = locate_path(model, forget, retain, config)
+    return {
+        "path": path,
+        "locate": located,
+        "misdirect": edit(model, path, forget, retain, config),
+        "config": asdict(config),
+    }
+
+
+def edit(
+    model: nn.Module, path: NeuronPath, forget: Iterable[Batch], retain: Iterable[Batch], config: MIPConfig
+) -> dict[str, Any]:
+    """Prune the path for good and misdirect what it carried, in place; misdirect's report. A model that could not be
+    misdirected is given back as it was."""
+    handle = prune(model, path)
+    try:
+        report = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
+    except BaseException:
+        handle.undo()
+        raise
+    if config.rmisu.trainable == "lora":
+        fold_prune(model)
+    else:
+        handle.commit()
+    return report
+
+
+def locate_path(
+    model: nn.Module, forget: list[Batch], retain: list[Batch], config: MIPConfig
+) -> tuple[NeuronPath, dict[str, Any]]:
+    """The path `unlearn` edits, and the reports of the attributions behind it. Every retain batch is one group of the
+    damage estimate."""
+    sites = find_sites(model)
+    text = [b for b in forget if "pixel_values" not in b]
+    images = [b for b in forget if "pixel_values" in b]
+    found: dict[str, Attribution] = {}
+    if text:
+        found["text"] = locate(model, text, config.text, progress=config.progress)
+    if images and config.vision and sites.vision:
+        found["vision"] = locate(model, images, config.vision, progress=config.progress)
+    kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
+    path = select_path(sites, found.get("text"), found.get("vision"), kept, config)
+    return path, {name: one.report for name, one in found.items()}
+
+
+def weighs_damage(config: MIPConfig) -> bool:
+    """Whether the choice of text neurons needs attributions of what is to be kept."""
+    return config.aggregate in ("snr", "contrast")
+
+
+def select_path(
+    sites: Sites,
+    text: Attribution | None,
+    vision: Attribution | None,
+    kept: Sequence[Attribution],
+    config: MIPConfig,
+) -> NeuronPath:
+    """The neurons to edit. text: of the forget set's questions without pictures. vision: of its questions with them.
+    kept: text attributions of what is to be kept, every one a group of the damage estimate (see NeuronPath.select).
+
+    Neurons above the steering layer are left out: they would be pruned and never trained. Raises InputError where
+    there are neither."""
+    paths = []
+    if text:
+        paths.append(NeuronPath.select(text, config.fraction, aggregate=config.aggregate, retain=kept))
+    if vision:
+        paths.append(NeuronPath.select(vision, config.fraction))
+    if not paths:
+        raise InputError(
+            "nothing of the forget set can be scored: questions with pixel_values need a vision tower and "
+            "config.vision, the others feed the text tower; expected at least one"
+        )
+    path = paths[0] | paths[1] if len(paths) == 2 else paths[0]
+    return path.up_to(sites.text.name, steering_layer(config.rmisu, sites))

@@ -1,0 +1,379 @@
+"""Locating over a data file of any length, or over records, results on disk chunk by chunk; a run that was stopped at
+any moment goes on to the same result.
+
+A chunk is CHUNK batches of consecutive samples, sorted by length inside it so that a batch holds little padding. What
+is written is one file renamed into place, so a folder holds whole chunks only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import compress, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from mipfast.data.encoder import Encoded, Encoder, in_batches
+from mipfast.data.jsonl import EXPECTED, read_lines
+from mipfast.data.records import Record, digest
+from mipfast.errors import ArtefactError, InputError, MipfastError
+from mipfast.files import RUN, claim, read_run, write_atomic
+from mipfast.model.sites import find_sites
+from mipfast.scoring.attribution import Attribution, per_label
+from mipfast.scoring.config import LocateConfig
+from mipfast.scoring.cost import DEVICES, Device, Estimate, Shape, estimate
+from mipfast.scoring.search import locate
+
+log = logging.getLogger("mipfast")
+CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
+SHARDS, AGGREGATE = "shard-*.safetensors", "aggregate.safetensors"
+Data = str | Path | Sequence[Record]  # a JSONL file, or records as they are
+Size = tuple[int, int, int, int]  # of a batch: samples, tokens before the first answer and after, patches per sample
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the data holds. samples, tokens: totals; digest: sha256 of the file, or the records' hash; chunks: how many
+    batches of each size every chunk has."""
+
+    samples: int
+    tokens: int
+    digest: str
+    chunks: list[Counter[Size]]
+
+
+def survey(
+    encoder: Encoder,
+    data: Data,
+    config: LocateConfig,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> Survey:
+    """Read and tokenise all of it once, so that a malformed line shows before hours are spent. Of images only the
+    sizes are read. Raises InputError with the line's number."""
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
+    samples, tokens, chunks = 0, 0, []
+    for lines in _chunks(data, batch_size, limit):
+        chunk = _encoded(encoder, lines, config, data)
+        samples, tokens = samples + len(chunk), tokens + sum(s.tokens for s in chunk)
+        chunks.append(Counter(_size([chunk[i] for i in order]) for order in in_batches(chunk, batch_size)))
+    if not samples:
+        raise InputError(f"{data} is empty; {EXPECTED if isinstance(data, str | Path) else 'expected records'}")
+    return Survey(samples, tokens, _digest(data), chunks)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would take at least: FLOPs, seconds on each device by name, and bytes of memory of its largest
+    batch."""
+
+    flops: float
+    seconds: dict[str, float]
+    memory: float
+
+
+def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iterable[Device] = ()) -> Forecast:
+    """Sum the cost model (`mipfast.estimate`) over the file's batches, on DEVICES and the given ones."""
+    flops, memory = 0.0, 0.0
+    devices = [*devices, *DEVICES.values()]
+    seconds = {device.name: 0.0 for device in devices}
+    batches = sum(surveyed.chunks, Counter[Size]())
+    # "first" is each chunk's first batch: its share of every batch's cost
+    measured = len(surveyed.chunks) / batches.total() if config.residuals == "first" else 1.0
+
+    def summed(phases: dict[str, float]) -> float:
+        return sum(value * (measured if phase == "completeness" else 1) for phase, value in phases.items())
+
+    for size, count in batches.items():
+        for device in devices:
+            one = _estimated(shape, size, config, device)
+            seconds[device.name] += count * summed(one.seconds)
+        flops, memory = flops + count * summed(one.flops), max(memory, one.memory)
+    return Forecast(flops, seconds, memory)
+
+
+def _estimated(shape: Shape, size: Size, config: LocateConfig, device: Device) -> Estimate:
+    samples, before, after, patches = size
+    text = max(1, before - patches // shape.merge)
+    sizes = {"prompt": text, "answer": after, "patches": patches, "samples": samples, "batch_size": samples}
+    return estimate(shape, **sizes, config=config, device=device)
+
+
+def locate_file(
+    model: nn.Module,
+    encoder: Encoder,
+    data: Data,
+    out: str | Path,
+    config: LocateConfig | None = None,
+    *,
+    batch_size: int = 8,
+    aggregate: bool = False,
+    limit: int | None = None,
+) -> None:
+    """Locate on every sample of a data file, or every record, into a folder that `read` reads; what is there already is
+    not done again.
+
+    Writes shard-*.safetensors, one per chunk, or with aggregate one file of running sums, whatever the number of
+    samples. One process per folder. config.progress shows a bar. Raises ArtefactError where the folder belongs to
+    another model, file or config, InputError for a malformed file, and what `locate` raises, with the lines or
+    records it happened on."""
+    out, config = Path(out), (config or LocateConfig()).resolved()
+    surveyed = survey(encoder, data, config, batch_size, limit)
+    claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
+    sums = _Sums.load(out) if aggregate else None
+    shards = [out / SHARDS.replace("*", f"{number:06d}") for number in range(len(surveyed.chunks))]
+    done = [number < sums.chunks if sums else shards[number].exists() for number in range(len(shards))]
+    if all(done):
+        log.info("%s is finished: all %d samples are there, nothing left to do", out, surveyed.samples)
+        return
+    with _Progress(model, surveyed, config, done) as progress:
+        for number, lines in enumerate(_chunks(data, batch_size, limit)):
+            if done[number]:
+                continue
+            chunk = _encoded(encoder, lines, config, data)
+            found = _locate_chunk(model, encoder, chunk, replace(config, progress=False), batch_size, data, progress)
+            if sums:
+                sums.add(found)
+                sums.save(out)
+            else:
+                _save(shards[number], {"scores": found.scores, "path": found.path}, {"report": found.report})
+
+
+class _Progress:
+    """A bar over the work that `mipfast.estimate` expects, so that the time it says is left knows of long samples still
+    to come, with samples per second. The residuals of a chunk's first batch are left out: every chunk has them."""
+
+    def __init__(self, model: nn.Module, surveyed: Survey, config: LocateConfig, done: list[bool]):
+        shape = Shape.of(model, config.stack)
+        self._samples, self._ours = surveyed.samples, 0
+        self._work = functools.cache(partial(_work, shape, config))
+        chunks = [sum(count * self._work(size) for size, count in chunk.items()) for chunk in surveyed.chunks]
+        there = list(compress(surveyed.chunks, done))
+        self._before = sum(count * size[0] for chunk in there for size, count in chunk.items())
+        options: dict[str, Any] = {"total": sum(chunks), "initial": sum(compress(chunks, done)), "bar_format": BAR}
+        # smoothing=0: the mean rate of this process
+        self._bar = tqdm(desc=f"locate {config.modality}", smoothing=0, disable=not config.progress, **options)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+
+    def took(self, batch: list[Encoded]) -> None:
+        """A batch is done."""
+        self._ours += len(batch)
+        if not self._bar.disable:
+            rate = self._ours / self._bar.format_dict["elapsed"]
+            count = f"{self._before + self._ours}/{self._samples} samples"
+            self._bar.set_postfix_str(f"{count}, {rate:.3g} samples/s", refresh=False)
+        self._bar.update(self._work(_size(batch)))
+
+
+def _work(shape: Shape, config: LocateConfig, size: Size) -> float:
+    phases = _estimated(shape, size, config, DEVICES["H200"]).flops
+    return phases["capture"] + phases["search"]
+
+
+def read(folder: str | Path) -> Attribution:
+    """The Attribution of a finished run, samples in the file's order.
+
+    Of an aggregated run: two stand-ins whose mean and mean square of scores per label are those of all samples, mean +
+    sd and mean - sd, which is all that NeuronPath.select's mean, contrast and snr look at; their path is every neuron
+    that was on any sample's path, most often first, padded with -1. Raises ArtefactError for an unfinished or damaged
+    folder."""
+    folder = Path(folder)
+    run = read_run(folder)
+    if run is None:
+        raise ArtefactError(f"{folder / RUN} is missing; expected a folder written by mipfast locate")
+    if run["aggregate"]:
+        sums = _Sums.load(folder)
+        _check_finished(folder, sums.samples, run["samples"])
+        return sums.attribution()
+    parts = [_load(path) for path in sorted(folder.glob(SHARDS))]
+    _check_finished(folder, sum(len(tensors["path"]) for tensors, _ in parts), run["samples"])
+    reports = [facts["report"] for _, facts in parts]
+    report = reports[0] | {
+        name: [value for one in reports for value in one[name]] for name in ("residuals", "num_labels")
+    }
+    report["layers_without_gradient"] = sorted(set().union(*(one["layers_without_gradient"] for one in reports)))
+    scores, paths = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path"))
+    return Attribution(scores, paths, report)
+
+
+class _Sums:
+    """Running sums [L,F] of an aggregated run, over scores per label: total and squares in float64, so that adding
+    goes on to the same bits; members: on how many samples' paths a neuron was. residuals [L] are summed over the
+    measured samples."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]):
+        self.tensors, self.facts = tensors, facts
+
+    @classmethod
+    def load(cls, folder: Path) -> _Sums:
+        path = folder / AGGREGATE
+        return cls(*_load(path)) if path.exists() else cls({}, {"samples": 0, "chunks": 0})
+
+    @property
+    def chunks(self) -> int:
+        return self.facts["chunks"]
+
+    @property
+    def samples(self) -> int:
+        return self.facts["samples"]
+
+    def add(self, found: Attribution) -> None:
+        scores = per_label(found).double()
+        on_path = torch.zeros(scores.shape, dtype=torch.int64)
+        on_path.scatter_add_(2, found.path.clamp_min(0), (found.path >= 0).long())
+        residuals = [one for one in found.report["residuals"] if one]  # not every sample's need be measured
+        new = {
+            "total": scores.sum(0),
+            "squares": scores.square().sum(0),
+            "members": on_path.sum(0),
+            "measured": torch.tensor(len(residuals)),
+            "residuals": torch.tensor(residuals or [[0.0] * scores.shape[1]], dtype=torch.float64).sum(0),
+        }
+        self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()}
+        before = self.facts.get("report", found.report)["layers_without_gradient"]
+        dead = {*before, *found.report["layers_without_gradient"]}
+        report = found.report | {"layers_without_gradient": sorted(dead), "residuals": [], "num_labels": []}
+        self.facts = {"samples": self.samples + len(scores), "chunks": self.chunks + 1, "report": report}
+
+    def save(self, folder: Path) -> None:
+        _save(folder / AGGREGATE, self.tensors, self.facts)
+
+    def attribution(self) -> Attribution:
+        mean, squares = (self.tensors[name] / self.samples for name in ("total", "squares"))
+        sd = (squares - mean.square()).clamp_min(0).sqrt()
+        members = self.tensors["members"]
+        order = members.sort(dim=1, descending=True, stable=True).indices
+        path = order.where(members.gather(1, order) > 0, -1)[:, : int((members > 0).sum(1).max())]
+        measured = int(self.tensors["measured"])
+        facts = {
+            "residuals": [(self.tensors["residuals"] / measured).tolist() if measured else None] * 2,
+            "num_labels": [1, 1],  # the scores are per label already
+            "aggregate": {"samples": self.samples, "rows": "mean + sd, mean - sd of the scores per label"},
+        }
+        scores = torch.stack([mean + sd, mean - sd]).float()
+        return Attribution(scores, path.expand(2, -1, -1).contiguous(), self.facts["report"] | facts)
+
+
+def _size(batch: list[Encoded]) -> Size:
+    before = min(len(s.prompt) for s in batch)
+    return len(batch), before, max(s.tokens for s in batch) - before, max(s.patches for s in batch)
+
+
+def _digest(data: Data) -> str:
+    if not isinstance(data, str | Path):
+        return digest(data)
+    with Path(data).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _where(data: Data, kind: str = "") -> str:
+    """What messages call a sample, before its id."""
+    return f"{data}, {kind}line" if isinstance(data, str | Path) else f"{kind}record"
+
+
+def _chunks(data: Data, batch_size: int, limit: int | None) -> Iterator[list[Record]]:
+    records = read_lines(data, limit) if isinstance(data, str | Path) else islice(data, limit)
+    while chunk := list(islice(records, CHUNK * batch_size)):
+        yield chunk
+
+
+def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: Data) -> list[Encoded]:
+    encoded = []
+    for record in chunk:
+        try:
+            if config.modality == "vision" and record.image is None:
+                raise InputError('modality vision scores pictures; expected an "image" with every sample')
+            encoded.append(encoder.encode(record))
+        except InputError as error:
+            raise InputError(f"{_where(data)} {record.id}: {error}") from error
+    return encoded
+
+
+def _locate_chunk(
+    model: Any,
+    encoder: Encoder,
+    chunk: list[Encoded],
+    config: LocateConfig,
+    batch_size: int,
+    data: Data,
+    progress: _Progress,
+) -> Attribution:
+    """Samples in the chunk's order."""
+    batches = in_batches(chunk, batch_size)
+    lines: list[str] = []
+
+    def inputs() -> Iterator[dict[str, torch.Tensor]]:
+        for order in batches:
+            batch = [chunk[i] for i in order]
+            lines[:] = [sample.id for sample in batch]
+            yield {name: value.to(model.device) for name, value in encoder.batch(batch).items()}
+            progress.took(batch)
+
+    try:
+        found = locate(model, inputs(), config)
+    except MipfastError as error:
+        raise type(error)(f"{_where(data, 'a batch of ')}s {', '.join(lines)}: {error}") from error
+    order = torch.tensor([i for batch in batches for i in batch]).argsort()
+    per_sample = {name: [found.report[name][i] for i in order] for name in ("residuals", "num_labels")}
+    return Attribution(found.scores[order], found.path[order], found.report | per_sample)
+
+
+def _identity(
+    model: Any, encoder: Encoder, surveyed: Survey, config: LocateConfig, batch_size: int, aggregate: bool, limit: Any
+) -> dict[str, Any]:
+    """What a folder's results depend on."""
+    settings = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()}
+    return {
+        "encoder": encoder.fingerprint(),
+        "dtype": str(model.dtype),
+        "model": find_sites(model).fingerprint(),
+        "data": surveyed.digest,
+        "samples": surveyed.samples,
+        "limit": limit,
+        "batch_size": batch_size,
+        "chunk": CHUNK,
+        "aggregate": aggregate,
+        "config": {name: value for name, value in settings.items() if name != "progress"},
+    }
+
+
+def _check_finished(folder: Path, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ArtefactError(
+            f"{folder} holds {found} of {wanted} samples; run the same mipfast locate again, it goes on from there"
+        )
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Tensors and facts in one file: two could be torn apart."""
+    from safetensors.torch import save_file
+
+    metadata = {"facts": json.dumps(facts)}
+    write_atomic(path, lambda p: save_file({name: t.contiguous() for name, t in tensors.items()}, p, metadata))
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); remove it and run the same mipfast locate again") from error

@@ -1,0 +1,1 @@
+"""What the model still knows: accuracy, likelihoods, metrics, attacks."""

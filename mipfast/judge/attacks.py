@@ -1,0 +1,172 @@
+"""Ways to get forgotten knowledge back out: what an unlearning claim has to survive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.errors import DivergedError, InputError, ModelError
+from mipfast.judge import metrics
+from mipfast.model.batch import Batch, check_many, find_labels
+from mipfast.model.likelihood import token_nll
+from mipfast.model.patching import held, unwrapped
+
+
+@contextmanager
+def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterator[None]:
+    """The model after one Adam step per batch on all of its weights; the weights before return on the way out.
+
+    batches: some of the forgotten knowledge, as model(**batch) takes it, with labels. Judge inside the context on the
+    *rest* of it: what comes back there was hidden, not removed.
+
+    Raises InputError for lr that is not positive, one batch in the place of many or a batch without labels,
+    DivergedError for a loss that is not finite."""
+    check_many("batches", batches)
+    if not isinstance(lr, int | float) or not lr > 0:
+        raise InputError(f"lr={lr!r}; expected a positive number")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        with held(model, model.parameters()):
+            optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+            for step, batch in enumerate(batches):
+                find_labels(batch)
+                loss = model(**batch).loss
+                if not bool(loss.isfinite()):
+                    raise DivergedError(f"relearning step {step} has loss {loss.item()}; lower lr ({lr})")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        yield
+    finally:
+        model.load_state_dict(before)
+
+
+def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch], k: float = 0.2) -> dict[str, float]:
+    """Can the model's likelihoods tell what it was trained on from what it never saw? {"loss": AUC, "min_k": AUC} in
+    percent, of "the member has the higher likelihood": 50 cannot be told apart, 100 always; below 50 the members stand
+    out as unusually *un*likely. A model that never saw either need not be at 50: compare with a retrained one.
+
+    members, strangers: batches as model(**batch) takes them, with labels. A sample's likelihood is loss: the mean
+    log-probability of its label tokens (Yeom et al., arXiv 1709.01604); min_k: that of the share k of them that are
+    least likely, one at least (Shi et al., arXiv 2310.16789). For one-token answers the two are the same.
+
+    Raises InputError for k outside (0, 1], a side without samples or one batch in the place of many, DivergedError for
+    likelihoods that are not finite, MipfastError without scikit-learn."""
+    for name, batches in (("members", members), ("strangers", strangers)):
+        check_many(name, batches)
+    if not isinstance(k, int | float) or not 0 < k <= 1:
+        raise InputError(f"k={k!r}; expected a share of the label tokens in (0, 1]")
+    sides = [_likelihoods(model, batches, k) for batches in (members, strangers)]
+    return {name: 100 * metrics.auc(*(side[name] for side in sides)) for name in ("loss", "min_k")}
+
+
+def _likelihoods(model: Any, batches: Iterable[Batch], k: float) -> dict[str, list[float]]:
+    """Both scores of every sample."""
+    scores: dict[str, list[float]] = {"loss": [], "min_k": []}
+    with held(model), torch.no_grad():
+        for batch in batches:
+            for tokens in token_nll(model, batch):
+                if not bool(tokens.isfinite().all()):
+                    raise DivergedError(
+                        f"sample {len(scores['loss'])} has label tokens of NLL {tokens.tolist()}; "
+                        "expected finite ones: check the model's weights and dtype"
+                    )
+                least = tokens.topk(max(1, int(k * len(tokens)))).values
+                scores["loss"].append(-tokens.mean().item())
+                scores["min_k"].append(-least.mean().item())
+    return scores
+
+
+@contextmanager
+def quantised(model: Any, bits: int = 4) -> Iterator[None]:
+    """The model with the weight of every Linear and Conv1D rounded to integers of `bits` and back, embeddings and
+    language-model head left alone; the original bits return on the way out.
+
+    Symmetric, round to nearest, one scale per output channel: s round(w / s), s = max|w| / (2^(bits-1) - 1). Editing
+    moves weights so little that rounding can move them back: Zhang et al., arXiv 2410.16454. A PeftModel's adapters are
+    rounded apart from what they sit on: merge them first. Raises InputError for bits outside 2..8, ModelError for
+    weights that are integers already."""
+    if bits not in range(2, 9):
+        raise InputError(f"bits={bits!r}; expected 2 to 8")
+    embeddings = (unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings())
+    kept = {id(embedding.weight) for embedding in embeddings if embedding is not None}
+    before: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    try:
+        for name, module in model.named_modules():
+            transposed = type(module).__name__ == "Conv1D"  # transformers': weights are [in, out]
+            if not (transposed or isinstance(module, nn.Linear)) or id(weight := module.weight) in kept | before.keys():
+                continue
+            if not weight.is_floating_point():
+                raise ModelError(f"{name}.weight is {weight.dtype}; expected a model that is not quantised yet")
+            before[id(weight)] = weight, weight.detach().clone()
+            weight.data.copy_(_rounded(weight.detach(), bits, dim=0 if transposed else 1))
+        yield
+    finally:
+        for weight, original in before.values():
+            weight.data.copy_(original)
+
+
+def _rounded(weight: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """dim: along which the inputs lie."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    scale = wide.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 1)
+    return wide.div(scale.where(scale > 0, 1)).round() * scale
+
+
+def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) -> dict[str, torch.Tensor]:
+    """The batch with the same text tokens [P] or [1,P] before every sample's prompt: a hint, or examples of what is
+    asked.
+
+    at: how many of a sample's own tokens stay in front of them; 1 keeps a start token first. Padding on either side.
+    The tokens are attended and not scored; position_ids count on; what is not one value per token is passed through.
+    Raises InputError for tokens that are no integers, anything else per token (inputs_embeds, cross_attention_mask, a
+    4-D mask), and where the tokens would stand behind a label."""
+    ids = batch["input_ids"]
+    added = _token_ids(tokens).to(ids)
+    fill = {"input_ids": added} | {
+        name: torch.full_like(added, value)
+        for name, value in {"attention_mask": 1, "labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}.items()
+    }
+    odd = [
+        f"{name} {list(value.shape)}"
+        for name, value in batch.items()
+        if (name in fill and value.ndim != 2) or (name not in {*fill, "position_ids"} and value.shape[:2] == ids.shape)
+    ]
+    if odd:
+        raise InputError(f"cannot put tokens into {', '.join(odd)}; expected {', '.join(fill)} [n,S] and position_ids")
+    attended = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    first, last = attended.int().argmax(1), attended.sum(1) - 1
+    scored = batch.get("labels", torch.full_like(ids, -100)) != -100
+    most = int(last.where(~scored.any(1), last.minimum(scored.int().argmax(1) - first)).min())
+    if at not in range(most + 1):
+        raise InputError(f"at={at!r} is not inside every sample's prompt; expected an integer 0..{most}")
+    starts = (first + at).tolist()
+
+    def longer(name: str, value: torch.Tensor) -> torch.Tensor:
+        """[...,n,S] to [...,n,S+P]."""
+        rows = zip(value.unbind(-2), starts, strict=True)
+        if name == "position_ids":
+            steps = torch.arange(len(added), device=value.device)
+            parts = [(row[..., :s], row[..., s : s + 1] + steps, row[..., s:] + len(added)) for row, s in rows]
+        else:
+            parts = [(row[:s], fill[name].to(value), row[s:]) for row, s in rows]
+        return torch.stack([torch.cat(part, -1) for part in parts], -2)
+
+    return {name: longer(name, v) if name in {*fill, "position_ids"} else v for name, v in batch.items()}
+
+
+def _token_ids(tokens: Any) -> torch.Tensor:
+    """[P] of [P] or [1,P]."""
+    try:
+        found = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0, 0)  # of no shape that passes
+    found = found[0] if found.ndim == 2 and len(found) == 1 else found
+    if found.ndim != 1 or (len(found) and found.dtype not in (torch.int64, torch.int32)):
+        what = f"a {found.dtype} tensor {list(found.shape)}" if isinstance(tokens, torch.Tensor) else repr(tokens)
+        raise InputError(f"tokens are {what}; expected integers of shape [P] or [1,P], a tokenizer's input_ids")
+    return found

@@ -1,0 +1,196 @@
+"""Where a model's FFN neurons live. Neuron (l, j) is channel j of the input of block l's FFN output projection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.errors import ArtefactError, InputError, ModelError
+from mipfast.model.patching import unwrapped
+
+# What the output projection of an FFN and the module around it are called in transformers.
+OUTPUT_NAMES = ("down_proj", "fc2", "c_proj", "w2", "linear_fc2", "dense_4h_to_h", "lin2")
+FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One tower of blocks. name: dotted name of its ModuleList; ffns[l]: the module around block l's projections;
+    inputs[l]: the projections that write its neurons (gate and up, or fc1); outputs[l]: the one that reads them.
+    transposed: weights are [in, out], as in GPT-2's Conv1D, and not [out, in]. A projection may be PEFT's wrapper of
+    one."""
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+    ffns: tuple[nn.Module, ...]
+    inputs: tuple[tuple[Any, ...], ...]
+    outputs: tuple[Any, ...]
+    num_neurons: int
+    transposed: bool
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    def rows(self, layer: int) -> list[tuple[torch.Tensor, int]]:
+        """The parameters that write block l's neurons, biases and LoRA's B among them, each with the dimension along
+        which the neurons lie."""
+        found: list[tuple[torch.Tensor, int]] = []
+        for projection in self.inputs[layer]:
+            base = _base(projection)
+            found.append((base.weight, int(self.transposed)))
+            if base.bias is not None:
+                found.append((base.bias, 0))
+            found += [(p, 0) for adapter in getattr(projection, "lora_B", {}).values() for p in adapter.parameters()]
+        return found
+
+    def columns(self, layer: int) -> list[tuple[torch.Tensor, int]]:
+        """The same of the parameters that read them; the output projection's own weight comes first."""
+        projection = self.outputs[layer]
+        adapters = getattr(projection, "lora_A", {}).values()
+        return [(_base(projection).weight, 1 - self.transposed), *((adapter.weight, 1) for adapter in adapters)]
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """text: the language model's stack; vision: every other stack with FFNs."""
+
+    text: Stack
+    vision: list[Stack]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return [self.text, *self.vision]
+
+    def __getitem__(self, name: str) -> Stack:
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        raise ModelError(f"no stack {name!r} in this model; it has {', '.join(s.name for s in self.stacks)}")
+
+    def fingerprint(self) -> dict:
+        """Names and sizes of the stacks, and a hash over 1024 evenly spaced values of every output projection."""
+        digest = hashlib.blake2b(digest_size=16)
+        for stack in self.stacks:
+            for layer in range(stack.num_layers):
+                flat = stack.columns(layer)[0][0].detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
+                digest.update(sample.numpy().tobytes())
+        sizes = {s.name: [s.num_layers, s.num_neurons] for s in self.stacks}
+        return {"stacks": sizes, "weights": digest.hexdigest()}
+
+    def check(self, fingerprint: dict) -> bool:
+        """Whether the weights are the fingerprint's. Raises ArtefactError where names or sizes differ."""
+        mine = self.fingerprint()
+        if any(mine["stacks"].get(name) != size for name, size in fingerprint["stacks"].items()):
+            raise ArtefactError(
+                f"made for another model: it names stacks (layers, neurons) {fingerprint['stacks']}, "
+                f"this model has {mine['stacks']}; locate on this model again"
+            )
+        return mine["weights"] == fingerprint["weights"]
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """The FFN stacks of a transformers model: every ModuleList whose blocks each hold one FFN output projection.
+
+    Raises ModelError where there is none, or a mixture of experts."""
+    model = unwrapped(model)
+    decoder = find_decoder(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    prefix = names.get(id(decoder), "")
+    text: list[Stack] = []
+    vision: list[Stack] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and (stack := _stack(name, module)):
+            (text if (name + ".").startswith(prefix + "." if prefix else "") else vision).append(stack)
+    if len(text) != 1:
+        found = ", ".join(s.name for s in text) or "none"
+        raise ModelError(
+            f"expected one stack of blocks with an FFN output projection ({', '.join(OUTPUT_NAMES)}) under "
+            f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
+        )
+    return Sites(text[0], vision)
+
+
+def find_decoder(model: Any) -> Any:
+    """The language model's base: embeddings, blocks and last norm. Raises ModelError where there is none."""
+    model = unwrapped(model)
+    if not hasattr(model, "get_decoder"):
+        raise ModelError(f"{type(model).__name__} has no get_decoder(); expected a transformers causal language model")
+    decoder = model.get_decoder()
+    if decoder is model:  # GPT-2 in transformers 4
+        decoder = model.base_model
+    return getattr(decoder, "text_model", decoder)  # Idefics3 in transformers 4
+
+
+def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
+    found = [_ffn(block) for block in blocks]
+    for i, block in enumerate(blocks):
+        experts = [n for n, _ in block.named_parameters() if "experts" in n.split(".")]
+        if experts:
+            raise ModelError(
+                f"{name}.{i} is a mixture of experts ({experts[0]}), whose neurons only some tokens reach; fused ones "
+                "have no projection to score them at. Not supported; use a dense model"
+            )
+    if any(ffn is None for ffn in found):
+        return None
+    ffns, inputs, outputs = zip(*found, strict=True)
+    widths = sorted({_sizes(output)[0] for output in outputs})
+    if len(widths) > 1:
+        raise ModelError(f"the FFNs of {name} have different widths {widths}; expected one width per stack")
+    return Stack(name, tuple(blocks), ffns, inputs, outputs, widths[0], _is_transposed(outputs[0]))
+
+
+def _ffn(block: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module] | None:
+    """(the FFN, its input projections, its output projection) of a block that has exactly one."""
+    outputs = []
+    for name, module in _projections(block):
+        *parents, own = name.split(".")
+        if own in OUTPUT_NAMES and any(p in FFN_NAMES for p in parents):
+            outputs.append((".".join(parents), module))
+    if len(outputs) != 1:
+        return None
+    parent, output = outputs[0]
+    ffn = block.get_submodule(parent)
+    siblings = [module for _, module in _projections(ffn) if module is not output]
+    return ffn, tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
+
+
+def _projections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The projections below a module, by name; not the parts of a wrapped one."""
+    for name, child in module.named_children():
+        if isinstance(_base(child), nn.Linear) or _is_transposed(child):
+            yield prefix + name, child
+        else:
+            yield from _projections(child, f"{prefix}{name}.")
+
+
+def _base(projection: Any) -> Any:
+    """The projection itself inside PEFT's wrapper."""
+    return getattr(projection, "base_layer", projection)
+
+
+def _is_transposed(projection: nn.Module) -> bool:
+    return type(_base(projection)).__name__ == "Conv1D"
+
+
+def _sizes(projection: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a projection."""
+    base = _base(projection)
+    return (base.nx, base.nf) if _is_transposed(base) else (base.in_features, base.out_features)
+
+
+def neurons_valid(indices: torch.Tensor, stack: Stack) -> bool:
+    """Whether every index names a neuron of the stack."""
+    return bool(((indices >= 0) & (indices < stack.num_neurons)).all())
+
+
+def check_layer(layer: int, text: Stack) -> None:
+    """Raises InputError for a layer that the text stack does not have."""
+    if layer not in range(text.num_layers):
+        raise InputError(f"layer={layer!r}; the text stack has layers 0..{text.num_layers - 1}")

@@ -1,0 +1,93 @@
+"""A vision tower's attention within windows and pictures, by one call per length of theirs and not one per window."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# In transformers' registry. "flash" in a name is what makes its towers hand over the bounds of the windows and not cut
+# at them; transformers 4 asks for names of its own, cuts, and calls `_attend` without bounds.
+NAME = "mipfast_flash_windows"
+
+
+# by the tensor of bounds: of every length of window its tokens (None: all), and where these are in the result
+Groups = tuple[list[tuple[int, Tensor | None]], Tensor | None]
+_groups: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@contextmanager
+def grouped_windows(model: nn.Module) -> Iterator[None]:
+    """Every attention whose modules take cu_seqlens and run by sdpa. transformers runs it window by window: 16 windows
+    in a picture of 1024 patches, times pictures and copies, are as many launches in every block."""
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa" and _takes_bounds(cast(Any, type(module))):
+            configs[id(config)] = config
+    if not configs:
+        yield
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS[NAME] = _attend
+    try:
+        for config in configs.values():
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config in configs.values():
+            config._attn_implementation = "sdpa"
+        del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+@functools.cache
+def _takes_bounds(kind: Any) -> bool:
+    return "cu_seqlens" in inspect.signature(kind.forward).parameters
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query, key, value [1,heads,tokens,d] -> [1,tokens,heads,d], every token seeing its window's."""
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    groups, back = _grouped(cu_seq_lens_q)
+    outputs = []
+    for length, tokens in groups:
+        own = (x if tokens is None else x.index_select(2, tokens) for x in (query, key, value))
+        q, k, v = (x[0].unflatten(1, (-1, length)).transpose(0, 1) for x in own)  # [windows,heads,length,d]
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return (outputs[0] if back is None else torch.cat(outputs).index_select(0, back))[None], None
+
+
+def _grouped(bounds: Tensor) -> Groups:
+    if bounds not in _groups:
+        starts = defaultdict(list)
+        edges = bounds.tolist()
+        for start, stop in zip(edges, edges[1:], strict=False):
+            starts[stop - start].append(start)
+        if len(starts) == 1:
+            _groups[bounds] = [(next(iter(starts)), None)], None
+        else:
+            tokens = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in starts.items()]
+            flat = [t.flatten().to(bounds.device) for t in tokens]
+            _groups[bounds] = list(zip(starts, flat, strict=True)), torch.cat(flat).argsort()
+    return _groups[bounds]

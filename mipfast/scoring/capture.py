@@ -1,0 +1,224 @@
+"""One clean forward pass: the activations at the chosen positions, and all that is needed to replay the model
+natively."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.errors import DivergedError, InputError
+from mipfast.model.batch import Batch, Labels, check_inputs, find_labels, image_token, without_labels
+from mipfast.model.head import base_model, label_states
+from mipfast.model.patching import removing
+from mipfast.model.positions import Positions, Rows, text_rows, vision_rows
+from mipfast.model.sites import Sites, Stack, find_decoder
+from mipfast.scoring.prefix_attention import Prefix, Recording, UnsupportedAttention, recording
+
+log = logging.getLogger("mipfast")
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
+    base model for a vision stack. last_block, last_ffn: the decoder's, where only label positions matter. start, stop:
+    the decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened
+    token dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows,
+    measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
+    base_output: what the head's wrapper got from the base model. tail: what blocks return besides their state in
+    transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions. recording:
+    of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to start..stop."""
+
+    model: nn.Module
+    stack: Stack
+    batch: Batch
+    entry: nn.Module
+    decoder: nn.Module
+    last_block: nn.Module
+    last_ffn: nn.Module
+    start: int
+    stop: int
+    kwargs: dict[str, Any]
+    labels: Labels
+    rows: Rows
+    token_sample: torch.Tensor
+    activations: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    logits: torch.Tensor
+    recording: Recording | None
+    base_output: Any
+    tail: tuple | None
+    prefix: Prefix | None = None
+    baseline: list[torch.Tensor] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_sample)
+
+    @property
+    def num_samples(self) -> int:
+        return self.labels.num_samples
+
+
+def capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions) -> Capture:
+    """Run the model once without gradient, recording the decoder's attention where that is possible. Raises InputError
+    for an unusable batch, DivergedError for non-finite activations."""
+    try:
+        return _capture(model, sites, stack, batch, positions, record=True)
+    except UnsupportedAttention as error:
+        log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
+        return _capture(model, sites, stack, batch, positions, record=False)
+
+
+def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
+    """The capture with its activations measured from the mean over batches of theirs, the p-th chosen row of a sample
+    from the p-th; one clean run each. Raises InputError for a batch of another shape or with other rows per sample."""
+    means: list[torch.Tensor] = []
+    shape, rows = captured.batch["labels"].shape, captured.rows.sample
+    for i, batch in enumerate(batches):
+        try:
+            other = capture(captured.model, sites, captured.stack, batch, positions)
+        except InputError as error:
+            raise InputError(f"counterfactual batch {i}: {error}") from error
+        if batch["labels"].shape != shape or not torch.equal(other.rows.sample, rows):
+            found, wanted = (torch.bincount(sample).tolist() for sample in (other.rows.sample, rows))
+            raise InputError(
+                f"counterfactual batch {i} has labels {list(batch['labels'].shape)} and {found} chosen positions per "
+                f"sample, the batch {list(shape)} and {wanted}; give prompts of as many tokens and pictures of the "
+                "same size, or leave counterfactuals out for the zero baseline"
+            )
+        wide = [a.to(torch.promote_types(a.dtype, torch.float32)) for a in other.activations]
+        means = [m + (a - m) / (i + 1) for m, a in zip(means, wide, strict=True)] if means else wide
+    baseline = [m.to(a) for m, a in zip(means, captured.activations, strict=True)]
+    away = [a - b for a, b in zip(captured.activations, baseline, strict=True)]
+    return replace(captured, activations=away, baseline=baseline)
+
+
+def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:
+    labels, vision = find_labels(batch), stack is not sites.text
+    check_inputs(model, batch)
+    decoder = find_decoder(model)
+    entry = base_model(model) if vision else decoder
+    seen: dict[str, Any] = {}
+    activations: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+
+    def keep_kwargs(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        signature = inspect.signature(type(module).forward)
+        bound = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+        bound.pop("self")
+        for name, parameter in signature.parameters.items():
+            if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
+        seen["kwargs"] = bound
+
+    def keep_activations(module: nn.Module, args: tuple) -> None:
+        flat = args[0].detach().reshape(-1, args[0].shape[-1])
+        if "rows" not in seen:
+            counts = _tokens_per_sample(model, batch, labels.num_samples, len(flat), vision)
+            seen["token_sample"] = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
+            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions)
+            seen["rows"] = Rows(rows.sample.to(flat.device), rows.index.to(flat.device))
+        activations.append(flat[seen["rows"].index])
+
+    def keep_base_output(module: nn.Module, args: tuple, output: Any) -> None:
+        seen["base_output"] = output
+
+    def keep_outputs(module: nn.Module, args: tuple, output: Any) -> None:
+        state, seen["tail"] = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        outputs.append(state.detach().reshape(-1, state.shape[-1])[seen["rows"].index])
+
+    with ExitStack() as hooks:
+        seen["recording"] = hooks.enter_context(recording(decoder)) if record else None
+        hooks.enter_context(removing(base_model(model).register_forward_hook(keep_base_output)))
+        hooks.enter_context(removing(entry.register_forward_pre_hook(keep_kwargs, with_kwargs=True)))
+        for output in stack.outputs:
+            hooks.enter_context(removing(output.register_forward_pre_hook(keep_activations)))
+        for block in stack.blocks:
+            hooks.enter_context(removing(block.register_forward_hook(keep_outputs)))
+        hooks.enter_context(label_states(model, labels))
+        with torch.no_grad():
+            logits = model(**without_labels(batch), use_cache=False).logits
+    if len(activations) != stack.num_layers:
+        hint = (
+            "the batch has no images (pixel_values)"
+            if vision
+            else "some blocks did not run (do any attend to pictures?)"
+        )
+        raise InputError(f"{len(activations)} of {stack.num_layers} blocks of {stack.name} ran once: {hint}")
+    for layer, act in enumerate(activations):
+        if not bool(act.isfinite().all()):
+            bad = sorted(set(seen["rows"].sample[~act.isfinite().all(1)].tolist()))
+            raise DivergedError(
+                f"activations of {stack.name} layer {layer} are not finite in samples {bad}; "
+                "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
+            )
+    length = batch["labels"].shape[1]
+    position = seen["rows"].index - seen["rows"].sample * length
+    start, last = (_first_image(model, batch), 0) if vision else (int(position.min()), int(position.max()))
+    return Capture(
+        model,
+        stack,
+        batch,
+        entry,
+        decoder,
+        sites.text.blocks[-1],
+        sites.text.ffns[-1],
+        start,
+        max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
+        seen["kwargs"],
+        labels,
+        seen["rows"],
+        seen["token_sample"],
+        activations,
+        outputs,
+        logits,
+        seen["recording"],
+        seen["base_output"],
+        seen["tail"],
+    )
+
+
+def _first_image(model: Any, batch: Batch) -> int:
+    """The first position at which any sample has a picture; 0 where the batch does not say."""
+    token, ids = image_token(model.config), batch.get("input_ids")
+    if ids is None or token is None:
+        return 0
+    return int((ids == token).int().argmax(1).min())
+
+
+def _tokens_per_sample(model: Any, batch: Batch, n: int, tokens: int, vision: bool) -> torch.Tensor:
+    """[n] int64. A vision tower's tokens are shared out in proportion to the samples' crops, or image placeholders."""
+    if not vision:
+        return torch.full((n,), tokens // n, device=batch["labels"].device)
+    shares = _image_shares(model.config, batch)
+    counts = shares * tokens // max(1, int(shares.sum()))
+    if len(shares) != n or int(counts.sum()) != tokens or bool((counts == 0).any()):
+        raise InputError(
+            f"{tokens} vision tokens do not divide over {shares.tolist()} image placeholders or crops of {n} samples; "
+            "IFI needs at least one image in every sample, and exactly one where image_sizes are given"
+        )
+    return counts
+
+
+def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
+    """Numbers in proportion to each sample's tokens in the vision tower."""
+    ids = batch.get("input_ids")
+    token = image_token(config)
+    if "image_sizes" in batch and hasattr(config, "image_grid_pinpoints"):
+        # LLaVA-NeXT and -OneVision: placeholders leave out what pads a crop, the tower does not
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        side, sizes = config.vision_config.image_size, batch["image_sizes"].tolist()
+        crops = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+        return torch.tensor(crops, device=batch["labels"].device)
+    if ids is None or token is None or "aspect_ratio_ids" in batch:
+        # Mllama pads every sample to the same pictures and tiles
+        return torch.ones(len(batch["labels"]), dtype=torch.int64, device=batch["labels"].device)
+    return (ids == token).sum(1)

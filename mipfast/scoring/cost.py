@@ -1,0 +1,292 @@
+"""What locating costs before anything is run: FLOPs, bytes read, seconds at the least, and memory, from shapes alone.
+
+The greedy search scores L layers, and to score one it runs every later block forward and backward: work grows with the
+square of the depth, and linearly with weights, tokens, samples and steps.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mipfast.errors import InputError
+from mipfast.model.families import auto_class
+from mipfast.model.sites import Stack, find_sites
+from mipfast.scoring.config import LocateConfig
+from mipfast.scoring.quadrature import quadrature
+
+
+@dataclass(frozen=True)
+class Tower:
+    """layers blocks of `block` weights each (matrices only), hidden wide, with `neurons` FFN neurons each."""
+
+    layers: int
+    block: int
+    hidden: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the cost depends on. vocab: words; head: weights of the output projection; merge: patches per image
+    token; weights: all of the model's; element_size: bytes of one."""
+
+    text: Tower
+    vision: Tower | None
+    vocab: int
+    merge: int
+    weights: int
+    element_size: int
+
+    @property
+    def head(self) -> int:
+        return self.vocab * self.text.hidden
+
+    @classmethod
+    def of(cls, model: Any, stack: str | None = None) -> Shape:
+        """Read off a model, or off a transformers config alone: no weights are made. stack: name of the vision tower
+        where there are several. Raises ModelError as `find_sites` does."""
+        if not isinstance(model, nn.Module):
+            model, config = _weightless(model), model
+            element_size = (getattr(config, "dtype", None) or torch.bfloat16).itemsize
+        else:
+            config = model.config
+            element_size = next(model.parameters()).element_size()
+        sites = find_sites(model)
+        vision = sites[stack] if stack in [s.name for s in sites.vision] else next(iter(sites.vision), None)
+        return cls(
+            _tower(sites.text),
+            _tower(vision) if vision else None,
+            config.get_text_config().vocab_size,
+            getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1) ** 2,
+            sum(p.numel() for p in model.parameters()),
+            element_size,
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """flops: of large matrix products per second; bandwidth: bytes per second; memory: bytes, 0 where unknown."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float = 0.0
+
+    @classmethod
+    def measured(cls, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Device:
+        """This machine's, from one matrix product and one copy, best of five; takes about a second."""
+        device = torch.device(device)
+        rows, width = (8192, 8192) if device.type == "cuda" else (512, 2048)
+        # drawn, as a GPU multiplies constants with less power, and so faster than anybody's data
+        random = torch.Generator(device).manual_seed(0)
+        left, right = (torch.randn(n, width, generator=random, device=device).to(dtype) for n in (rows, width))
+        product = _fastest(lambda: left @ right, device)
+        source = torch.zeros(64 * 2**20, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy = _fastest(lambda: target.copy_(source), device)
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        return cls("this machine", 2 * rows * width**2 / product, 2 * len(source) / copy, memory)
+
+
+# Rates that large bfloat16 products and copies reach; an H100 (SXM) differs from an H200 in its memory only.
+DEVICES = {
+    "H100": Device("H100", 790e12, 3.0e12, 80e9),
+    "H200": Device("H200", 790e12, 4.3e12, 141e9),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """flops, bytes (weights read) and seconds of all samples, by phase: capture (clean run and check), search (what the
+    scores need) and completeness (the residual's row at alpha = 0 and its derivative, of the batches for which
+    config.residuals wants it). seconds are a floor: every
+    product at the device's rate or its weights at its bandwidth, no launches. tokens: of all samples. memory: bytes
+    at the peak, with all steps in one replay."""
+
+    tokens: int
+    flops: dict[str, float]
+    bytes: dict[str, float]
+    seconds: dict[str, float]
+    memory: float
+
+
+def estimate(
+    model: Any,
+    *,
+    prompt: int,
+    answer: int,
+    patches: int = 0,
+    samples: int = 1,
+    batch_size: int = 1,
+    config: LocateConfig | None = None,
+    device: str | Device = "H200",
+) -> Estimate:
+    """The cost of `locate` on samples of one size. model: a Shape, a model, or a transformers config without weights.
+
+    prompt, answer: text tokens of one sample, its image placeholders not among them; patches: of its image (0 = none).
+    device: a name in DEVICES or a Device. Assumes blocks that add their FFN's output and attention that can be cut to a
+    suffix, as `locate` itself checks; attention in a vision tower is counted as global.
+
+    Raises InputError for an impossible size or an unknown device."""
+    config = (config or LocateConfig()).resolved()
+    shape = model if isinstance(model, Shape) else Shape.of(model, config.stack)
+    if isinstance(device, str):
+        if device not in DEVICES:
+            raise InputError(f"unknown device {device!r}; expected one of {', '.join(DEVICES)}, or a Device")
+        device = DEVICES[device]
+    sizes = {"prompt": prompt, "answer": answer, "samples": samples, "batch_size": batch_size}
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name}={size}; expected at least 1")
+    vision = config.modality == "vision"
+    if vision and not (shape.vision and patches):
+        raise InputError("modality='vision' needs a model with a vision tower and samples with patches > 0")
+    batch_size = min(batch_size, samples)
+    work = _Work(shape, batch_size, prompt + answer + patches // shape.merge, answer, patches)
+    copies = _vision(work, config) if vision else _text(work, config)
+    every = samples / batch_size
+    measured = {"all": every, "first": 1.0, "none": 0.0}[config.residuals]
+    flops, read, seconds = {}, {}, {}
+    for phase, products in work.phases.items():
+        batches = measured if phase == "completeness" else every
+        flops[phase] = batches * sum(f for f, _ in products)
+        read[phase] = batches * sum(b for _, b in products)
+        seconds[phase] = batches * sum(max(f / device.flops, b / device.bandwidth) for f, b in products)
+    return Estimate(samples * work.tokens, flops, read, seconds, work.memory(copies, vision))
+
+
+class _Work:
+    """The matrix products of one batch, by phase: (FLOPs, bytes of weights read)."""
+
+    def __init__(self, shape: Shape, batch_size: int, tokens: int, answer: int, patches: int):
+        self.shape, self.batch_size = shape, batch_size
+        self.tokens, self.answer, self.patches = tokens, answer, patches
+        self.span = tokens  # of one sample, what a replay runs
+        self.phases: dict[str, list[tuple[float, float]]] = {"capture": [], "search": [], "completeness": []}
+
+    def blocks(self, phase: str, tower: Tower, count: float, rows: int, keys: int) -> None:
+        """Count block passes over rows of every sample, each attending to keys."""
+        if count and rows:
+            matmul = tower.block + 2 * keys * tower.hidden  # attention's two products
+            self.phases[phase].append(
+                (2 * count * self.batch_size * rows * matmul, count * tower.block * self.shape.element_size)
+            )
+
+    def head(self, phase: str, count: float, copies: int) -> None:
+        """Count passes of the head over the label positions."""
+        rows = copies * self.batch_size * self.answer
+        self.phases[phase].append(
+            (2 * count * rows * self.shape.head, count * self.shape.head * self.shape.element_size)
+        )
+
+    def later(self, phase: str, tower: Tower, passes: int, rows: int, keys: int) -> None:
+        """For every layer, `passes` (forward, or forward and backward) over the blocks after it."""
+        self.blocks(phase, tower, passes * tower.layers * (tower.layers - 1) / 2, rows, keys)
+
+    def memory(self, copies: int, vision: bool) -> float:
+        """The weights, and of every copy what autograd keeps (about 8 hidden-wide and 3 FFN-wide tensors per token and
+        block), states and tangents, and the logits with their float32 softmax and gradient."""
+
+        def kept(tower: Tower, tokens: int) -> int:
+            return tower.layers * tokens * (10 * tower.hidden + 3 * tower.neurons)
+
+        text, size = self.shape.text, self.shape.element_size
+        per_copy = kept(text, self.span) * size
+        if vision and self.shape.vision:
+            per_copy += kept(self.shape.vision, self.patches) * size
+        per_copy += self.answer * self.shape.vocab * (size + 8)
+        prefix = 0 if vision else text.layers * self.tokens * 2 * text.hidden * size
+        return self.shape.weights * size + self.batch_size * (copies * per_copy + prefix)
+
+
+def _text(work: _Work, config: LocateConfig) -> int:
+    """The suffix from the first chosen position on, against a clean prefix. Copies in one replay."""
+    shape, text, keys = work.shape, work.shape.text, work.tokens
+    if config.positions in ("last_prompt", "answer"):
+        work.span = work.answer
+    elif isinstance(config.positions, str):
+        work.span = work.tokens - 1
+    else:
+        work.span = work.tokens - 1 - int(torch.as_tensor(config.positions).min())
+    scaled, clean = _rows(config)
+    span = work.span
+    work.blocks("capture", text, text.layers, work.tokens, keys)
+    work.head("capture", 1, 1)
+    if shape.vision:
+        work.blocks("capture", shape.vision, shape.vision.layers, work.patches, work.patches)
+    if config.combine == "sum":
+        work.blocks("capture", text, text.layers, span, keys)  # the check that blocks only add their FFN's output
+    work.blocks("search", text, text.layers, scaled * span, keys)
+    work.later("search", text, 2, scaled * span, keys)
+    work.head("search", 2 * text.layers, scaled)
+    if clean:
+        work.blocks("search", text, 2 * text.layers, span, keys)
+        work.head("search", 2, 1)
+    if config.combine == "sum":
+        work.blocks("completeness", text, text.layers, span, keys)
+        work.later("completeness", text, 1, span, keys)
+        work.head("completeness", text.layers, 1)
+        if config.search == "greedy":
+            work.blocks("completeness", text, text.layers - 1, (scaled + 2 * clean) * span, keys)
+    return scaled
+
+
+def _vision(work: _Work, config: LocateConfig) -> int:
+    """Blocks of the vision tower, and the whole language model for every layer and step. Copies in one replay."""
+    text, tower, patches, tokens = work.shape.text, work.shape.vision, work.patches, work.tokens
+    assert tower is not None  # estimate() saw to it
+    work.blocks("capture", tower, tower.layers, patches, patches)
+    work.blocks("capture", text, text.layers, tokens, tokens)
+    work.head("capture", 1, 1)
+    if config.combine == "released":
+        return 0  # its closed form needs the clean run only
+    scaled, clean = _rows(config)
+    work.blocks("capture", tower, tower.layers, patches, patches)  # the check that blocks only add their FFN's output
+    for passes, rows, phase in ((2, scaled, "search"), (1, 1, "completeness")):
+        work.blocks(phase, tower, tower.layers, rows * patches, patches)
+        work.later(phase, tower, passes, rows * patches, patches)
+        work.blocks(phase, text, passes * tower.layers * text.layers, rows * tokens, tokens)
+        work.head(phase, passes * tower.layers, rows)
+    if clean:
+        work.blocks("search", tower, 2 * tower.layers, patches, patches)
+        work.blocks("search", text, 2 * text.layers, tokens, tokens)
+        work.head("search", 2, 1)
+    if config.search == "greedy":
+        work.blocks("completeness", tower, tower.layers - 1, (scaled + 2 * clean) * patches, patches)
+    return scaled
+
+
+def _rows(config: LocateConfig) -> tuple[int, int]:
+    """(nodes that cost a copy per layer, nodes at alpha = 1, which one clean pass serves for all layers)."""
+    assert config.method is not None and config.n_steps is not None  # resolved() filled them
+    nodes, _ = quadrature(config.method, config.n_steps)
+    clean = int((nodes == 1).sum()) if config.combine == "sum" else 0
+    return len(nodes) - clean, clean
+
+
+def _tower(stack: Stack) -> Tower:
+    matrices = sum(p.numel() for block in stack.blocks for p in block.parameters() if p.ndim == 2)
+    hidden = stack.columns(0)[0][0].numel() // stack.num_neurons
+    return Tower(stack.num_layers, matrices // stack.num_layers, hidden, stack.num_neurons)
+
+
+def _weightless(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def _fastest(work: Any, device: torch.device) -> float:
+    """Seconds of the quickest of five runs."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,119 @@
+"""Joint scores, a product of sums: NeuronPath's, and what the released code of MIP-Editor makes of them.
+
+    score_l(j) = (G_l(j) + C_l) * (a_l(j) + A_l)
+    G_l(j)     = sum_k w_k dF_k/da_l(j)
+    C_l, A_l   = the same gradient, and the activation, summed over the entering path neurons of the layers before l
+
+NeuronPath: all path neurons enter. Released text code: only the last of each layer, and the score is divided by m. The
+path's neurons are scaled by alpha in both. Released vision code: see `released_vision`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from mipfast import ops
+from mipfast.errors import DivergedError, InputError
+from mipfast.scoring.capture import Capture
+from mipfast.scoring.nodes import Chunk, Objective, Overwritten, each
+from mipfast.scoring.replay import Replay
+
+Scored = tuple[torch.Tensor, torch.Tensor, set[int]]  # scores [n,L,F], path [n,L,k], layers without gradient
+
+
+def joint_search(
+    captured: Capture,
+    nodes: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
+    objective: Objective,
+    top_k: int,
+    greedy: bool = True,
+    released: bool = False,
+) -> Scored:
+    """NeuronPath's joint score, or with released=True the released text code's. nodes, weights: the quadrature, cut
+    into what one replay may hold.
+
+    C_l is the derivative of F along one direction: 1 on every entering neuron. That direction is carried forward
+    with the states, so the backward pass still ends at block l.
+
+    Raises InputError where a sample has more than one position, DivergedError for non-finite scores."""
+    _one_position(captured)
+    chunks: list[Chunk] = [
+        Overwritten(Replay(captured, len(alphas)), alphas, w, carry=greedy)
+        for alphas, w in zip(nodes, weights, strict=True)
+    ]
+    acts = [_wide(act) for act in captured.activations]
+    entered = torch.zeros_like(acts[0][:, 0])
+    scores, paths, dead = [], [], set()
+    for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
+        gradient, carried, found = torch.zeros_like(wide), torch.zeros_like(entered), False
+        for chunk, (own, along_path) in each(chunks, partial(Overwritten.gradients, act=act, value_of=objective)):
+            carried += chunk.weights.to(carried) @ along_path
+            if own is not None:
+                found = True
+                gradient += ops.riemann_accumulate(own, chunk.weights.to(act.device))[0]
+        score = (gradient + carried[:, None]) * (wide + entered[:, None])
+        if released:
+            score = score / sum(map(len, nodes))
+        if not bool(score.isfinite().all()):
+            raise DivergedError(
+                f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}"
+            )
+        path = _best(score, top_k)
+        if not found:
+            dead.add(layer)
+            score, path = torch.zeros_like(score), torch.full_like(path, -1)
+        scores.append(score)
+        paths.append(path)
+        if layer + 1 == len(acts):
+            break
+        if not greedy:
+            for chunk in chunks:
+                chunk.advance(act, None)
+            continue
+        ones = torch.ones_like(act)
+        entering = ones - ops.riemann_interpolate(ones, act.new_zeros(1), neurons=path[:, -1:] if released else path)[0]
+        entered += (entering * wide).sum(1)
+        for chunk in chunks:
+            values = ops.riemann_interpolate(act, chunk.alphas.to(act.device), neurons=path)
+            chunk.replay.advance(values, entering.expand_as(values))
+    return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), dead
+
+
+def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
+    """What the released vision code computes, from the clean activations alone.
+
+    It squares the z-score of each neuron's gradient over the m steps and then sums over these same steps. The sum of m
+    squared z-scores is m - 1 whatever the gradients are (0 where they are all equal), so what remains is
+
+        score_l(j) = (m - 1) * (l + 1) * (a_l(j) + sum_{l'<l} a_l'(b_l')) / m,      b the last path neuron of a layer
+
+    Raises InputError where a sample has more than one position."""
+    _one_position(captured)
+    entered = torch.zeros_like(_wide(captured.activations[0][:, 0]))
+    scores, paths = [], []
+    for layer, act in enumerate(map(_wide, captured.activations)):
+        scores.append((n_steps - 1) * (layer + 1) * (act + entered[:, None]) / n_steps)
+        paths.append(_best(scores[-1], top_k))
+        entered = entered + act.gather(1, paths[-1][:, -1:])[:, 0]
+    return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), set()
+
+
+def _one_position(captured: Capture) -> None:
+    n, rows = captured.num_samples, captured.rows
+    if len(rows.sample) != n or rows.groups(n) is None:
+        raise InputError(
+            f"joint scores multiply one activation per neuron, found {len(rows.sample)} positions in {n} samples; "
+            "choose positions='last_prompt' or 'first', or combine='sum'"
+        )
+
+
+def _wide(act: torch.Tensor) -> torch.Tensor:
+    return act if act.dtype == torch.float64 else act.float()
+
+
+def _best(score: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The largest scores' indices [n,k], descending, ties to the lowest index."""
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

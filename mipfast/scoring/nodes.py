@@ -1,0 +1,281 @@
+"""The quadrature's nodes on their way through the layers: what each sees of a block, and how it gets past it.
+
+Knows gradients and their sums over nodes, not what they score.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from mipfast import ops
+from mipfast.scoring.capture import Capture
+from mipfast.scoring.plan import plan
+from mipfast.scoring.replay import Replay, copied
+
+log = logging.getLogger("mipfast")
+Found = TypeVar("Found")
+Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
+Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
+
+
+def make_chunks(
+    captured: Capture,
+    nodes: torch.Tensor,
+    weights: torch.Tensor,
+    steps: int,
+    pathless: bool,
+    measure: bool,
+    value_of: Objective,
+) -> tuple[list[Chunk], Silent | None]:
+    """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs, if it is
+    to be measured). pathless: no layer's neurons stay scaled when the next one is scored.
+
+    Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
+    unit = nodes == 1
+    route, clean = plan(captured, clean_states=pathless or bool(unit.any()))
+    kind: Any = (partial(Pathless, clean) if pathless else Added) if clean else Overwritten
+    chunks: list[Chunk] = []
+    scaled = torch.ones_like(nodes, dtype=torch.bool)
+    if clean and bool(unit.any()):
+        scaled = ~unit
+        gradients, taps = Replay(route, 1).clean_gradients(value_of)
+        chunks.append(Clean(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps))
+    for alphas, w in zip(nodes[scaled].split(steps), weights[scaled].split(steps), strict=True):
+        if len(alphas):
+            chunks.append(kind(Replay(route, len(alphas)), alphas, w, measure))
+    zero = torch.zeros(1)
+    return chunks, Silent(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
+
+
+def each(chunks: list[Chunk], work: Callable[[Any], Found]) -> Iterator[tuple[Any, Found]]:
+    """work(chunk) of every chunk. One that runs out of memory is replaced in the list by its halves, where it stands.
+    Raises torch.OutOfMemoryError where a single copy does."""
+    i = 0
+    while i < len(chunks):
+        chunk = chunks[i]
+        try:
+            found = work(chunk)
+        except torch.OutOfMemoryError:
+            if chunk.replay.copies == 1:
+                raise
+        else:
+            yield chunk, found
+            i += 1
+            continue
+        chunks[i : i + 1] = chunk.halves()  # out here: the error's traceback holds what did not fit
+        log.warning("out of memory: going on with %d of %d copies", chunks[i].replay.copies, chunk.replay.copies)
+
+
+class Chunk:
+    """Some nodes of the quadrature on their way through the layers; with carry also d state / d alpha."""
+
+    def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
+        device = replay.capture.rows.index.device  # once, not per layer: a copy to a GPU waits for it
+        self.replay, self.alphas, self.weights, self.carry = replay, alphas.to(device), weights.to(device), carry
+
+    def halves(self) -> list[Chunk]:
+        """The same nodes in two chunks."""
+        middle, parts = len(self.alphas) // 2, []
+        for start, stop in ((0, middle), (middle, len(self.alphas))):
+            part = copy(self)
+            part.replay = self.replay.part(start, stop)
+            part.alphas, part.weights = self.alphas[start:stop], self.weights[start:stop]
+            parts.append(part)
+        return parts
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""
+        raise NotImplementedError
+
+    def silent(self) -> torch.Tensor:
+        """The next block's output with its neurons silent."""
+        return self.replay.silent(carry=False)[0]
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        """Past the next block: clean activations, the path's [R,k] entries times alpha."""
+        raise NotImplementedError
+
+    def _moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """States that depend on alpha through the path, as leaves, and their tangents."""
+        pairs = zip(self.replay.states, self.replay.tangents, strict=True)
+        return [(state.requires_grad_(), tangent) for state, tangent in pairs if tangent is not None]
+
+    def _along(
+        self, gradients: Sequence[torch.Tensor | None], tangents: Sequence[torch.Tensor], like: torch.Tensor
+    ) -> torch.Tensor:
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
+        total = like.new_zeros(self.replay.copies, self.replay.capture.num_samples)
+        for gradient, tangent in zip(gradients, tangents, strict=True):
+            if gradient is not None:
+                total += self.replay.per_sample(gradient.to(like) * tangent.to(like))
+        return total
+
+
+class Overwritten(Chunk):
+    """The native way: the block runs with its FFN's inner activations overwritten, and is differentiated."""
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        grad, along = self.gradients(act, value_of)
+        if grad is None:
+            return None, along
+        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups), along
+
+    def gradients(self, act: torch.Tensor, value_of: Objective) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(dF/da of the next block [m,R,F] or None, dF along the carried tangents [m,n])."""
+        leaf = ops.riemann_interpolate(act, self.alphas.to(act.device)).requires_grad_()
+        moving = self._moving()
+        with torch.enable_grad():
+            value = value_of(self.replay.run(leaf))
+            grad, *state_grads = _gradients(value, [leaf, *(state for state, _ in moving)])
+        return grad, self._along(state_grads, [tangent for _, tangent in moving], value)
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        if path is None:
+            self.replay.advance(act.expand(self.replay.copies, *act.shape), None)
+            return
+        values = ops.riemann_interpolate(act, self.alphas.to(act.device), neurons=path)
+        tangent = _on_path(act, path).repeat(len(values), 1, 1) if self.carry else None
+        self.replay.advance(values, tangent)
+
+
+class Added(Chunk):
+    """Where blocks add their FFN's output: the block runs once, silent, and alpha W a is added to its output."""
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        state = self._scaled(act).requires_grad_()
+        earlier = self._moving()
+        with torch.enable_grad():
+            self.replay.push(state, None)
+            value = value_of(self.replay.run())
+            self.replay.drop()
+            grad, *state_grads = _gradients(value, [state, *(s for s, _ in earlier)])
+        tangents = [tangent for _, tangent in earlier]
+        if self._moved is not None:
+            state_grads, tangents = [grad, *state_grads], [self._moved, *tangents]
+        along = self._along(state_grads, tangents, value)
+        if grad is None:
+            return None, along
+        return self._project(self.replay.at_rows(grad), act, groups), along
+
+    def silent(self) -> torch.Tensor:
+        self._silent, self._moved = self.replay.silent(carry=self._carries())
+        return self._silent
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        weight = self._weight()
+        assert path is not None  # without one, a block is Pathless
+        state = self.replay.add_rows(
+            self._silent, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
+        )
+        self.replay.push(state, self._tangent(act, path))
+
+    def _scaled(self, act: torch.Tensor) -> torch.Tensor:
+        """The next block's output with its neurons at alpha times their clean value."""
+        return self.replay.add_rows(self.silent(), ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
+
+    def _carries(self) -> bool:
+        return any(tangent is not None for tangent in self.replay.tangents)
+
+    def _tangent(self, act: torch.Tensor, path: torch.Tensor) -> torch.Tensor | None:
+        """d output / d alpha: what the earlier path moves, and this block's path neurons."""
+        if not self.carry:
+            return None
+        own = (_on_path(act, path) @ self._weight().T).expand(self.replay.copies, -1, -1)
+        return self.replay.add_rows(torch.zeros_like(self._silent) if self._moved is None else self._moved, own)
+
+    def _project(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
+        return ops.project_accumulate(grad, self._weight(), self.weights.to(act.device), act=act, groups=groups)
+
+    def _weight(self) -> torch.Tensor:
+        return self.replay.capture.stack.outputs[len(self.replay.states)].weight
+
+
+class Pathless(Added):
+    """Where every layer is scored by itself: the states are the clean run's, and so is the silent block."""
+
+    def __init__(self, clean: Replay, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
+        super().__init__(replay, alphas, weights, carry)
+        self._clean = clean
+
+    def silent(self) -> torch.Tensor:
+        self._silent, self._moved = self._tiled(self._clean.silents), None
+        return self._silent
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        self.replay.push(self._tiled(self._clean.states), None)
+
+    def _tiled(self, of_layers: list[torch.Tensor]) -> torch.Tensor:
+        return copied(of_layers[len(self.replay.states)], self.replay.copies)
+
+
+class Clean(Added):
+    """The node alpha = 1: states and gradients of every block come from one pass; only tangents are carried."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        alphas: torch.Tensor,
+        weights: torch.Tensor,
+        carry: bool,
+        states: list[torch.Tensor],
+        gradients: list[torch.Tensor | None],
+        taps: list[torch.Tensor | None],
+    ):
+        super().__init__(replay, alphas, weights, carry)
+        self._states, self._gradients, self._taps = states, gradients, taps
+
+    def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
+        layer = len(self.replay.states)
+        self._silent, self._moved = self._states[layer], None
+        if self._carries():
+            self._moved = self.replay.silent(carry=True)[1]
+        grad = self._gradients[layer]
+        pairs = zip([*self._taps[:layer], grad], [*self.replay.tangents, self._moved], strict=True)
+        moved = [(g, tangent) for g, tangent in pairs if tangent is not None]
+        along = self._along([g for g, _ in moved], [tangent for _, tangent in moved], act)
+        return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        self.replay.push(self._silent, None if path is None else self._tangent(act, path))
+
+
+class Silent:
+    """The node alpha = 0, where a layer's completeness begins: F with its neurons silent. No score waits for it, so
+    it is computed when the path is known, several layers in one pass."""
+
+    def __init__(self, chunk: Chunk):
+        self._chunk = chunk
+        self._starts: list[torch.Tensor] = []
+
+    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
+        """Past the next block, as `Chunk.advance` does."""
+        self._starts.append(self._chunk.silent())
+        self._chunk.advance(act, path)
+
+    def values(self, copies: int, value_of: Objective) -> torch.Tensor:
+        """F [L,n] with each layer gone over silent, up to copies of them in one pass."""
+        replay, found = self._chunk.replay, []
+        for first in range(0, len(self._starts), copies):
+            starts = self._starts[first : first + copies]
+            with torch.no_grad():
+                logits = Replay(replay.capture, len(starts)).staggered(replay.states[: first + len(starts)], starts)
+            found.append(value_of(logits).view(len(starts), -1))
+        return torch.cat(found)
+
+
+def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """d value.sum() / d input; None for an input that value does not depend on."""
+    if not value.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(value.sum(), inputs, allow_unused=True))
+
+
+def _on_path(act: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """The activations [R,F] of the path's neurons, zero elsewhere: d (scaled activations) / d alpha."""
+    return act - ops.riemann_interpolate(act, act.new_zeros(1), neurons=path)[0]

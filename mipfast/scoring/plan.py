@@ -1,0 +1,117 @@
+"""Which replay is exact on a model: a suffix or whole sequences, blocks that add their FFN's output or native ones."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from mipfast.model.batch import Labels
+from mipfast.model.positions import Rows
+from mipfast.scoring.capture import Capture
+from mipfast.scoring.replay import Replay, _cut
+
+log = logging.getLogger("mipfast")
+
+
+# what was found once about a model's towers: its suffix gave the clean logits; its blocks add their FFN's output
+_seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_additive: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
+    """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
+    block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
+
+    The check compares blocks' outputs at the chosen rows with the clean run's: wrong where attention over the prefix is
+    not what it was. It goes over all blocks, a forward pass of one copy, where clean_states says they are wanted or
+    the model is new; else over the first, for this batch's mask. Once per model it also compares blocks whose neurons
+    are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what lies behind a
+    vision tower."""
+    if any(type(output) is not nn.Linear for output in capture.stack.outputs):
+        return capture, None
+    known = capture.stack.name in _additive.get(capture.model, ())
+    layers = capture.stack.num_layers if clean_states or not known else 1
+    for candidate in filter(None, (suffix(capture), capture)):
+        clean = Replay(candidate, 1)
+        try:
+            with torch.no_grad():
+                exact = all(_adds(clean, layer) for layer in range(layers)) and _sees(clean)
+        except Exception as error:  # a family whose glue cannot run on a suffix says so in its own words
+            log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
+            exact = False
+        if exact:
+            _additive.setdefault(capture.model, set()).add(capture.stack.name)
+            return candidate, clean
+    log.info("%s: blocks do more with their FFN than add it; replaying natively", type(capture.model).__name__)
+    return capture, None
+
+
+def _adds(clean: Replay, layer: int) -> bool:
+    """Whether the next block's silent output plus its neurons' contribution is its clean output; takes it as a
+    state."""
+    capture = clean.capture
+    act, weight = capture.activations[layer], capture.stack.outputs[layer].weight
+    own = act @ weight.T
+    state, _ = clean.silent(carry=False)
+    if capture.stack.name not in _additive.get(capture.model, ()):
+        # up to 16 times as loud, so that it is no rounding of the state: a norm behind the FFN hid there in bfloat16
+        before = clean.at_rows(state)[0]
+        louder = (before.norm(dim=1) / own.norm(dim=1).clamp(min=torch.finfo(own.dtype).tiny)).clamp(1, 16)[:, None]
+        found, _ = clean._block(louder * act[None], None)
+        if not _close(clean.at_rows(found)[0], before + louder * own, roundings=4):
+            return False
+    clean.silents.append(state)
+    clean.push(clean.add_rows(state, own[None]), None)
+    return _close(clean.at_rows(clean.states[-1])[0], capture.outputs[layer])
+
+
+def _sees(clean: Replay) -> bool:
+    """Whether the clean states give the clean logits. Asked once per model and tower: it is a matter of the code."""
+    capture = clean.capture
+    if capture.prefix is None or capture.entry is capture.decoder or capture.stack.name in _seen.get(capture.model, ()):
+        return True
+    mask = capture.labels.mask
+    exact = _close(clean.run()[mask], capture.logits[mask])
+    if exact:
+        _seen.setdefault(capture.model, set()).add(capture.stack.name)
+    return exact
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 16) -> bool:
+    """Every row equal to so many roundings of its norm: 16 of a 16-bit dtype, which sums in float32, are what 80 blocks
+    add up to, and 64 of a wider one; a wrong mask or scale is off by more."""
+    eps = torch.finfo(found.dtype).eps
+    off, norm = (t.to(torch.promote_types(t.dtype, torch.float32)).norm(dim=-1) for t in (found - expected, expected))
+    return bool((off <= (64 if eps < 1e-6 else roundings) * eps * norm).all())
+
+
+def suffix(capture: Capture) -> Capture | None:
+    """The capture for which the decoder runs on tokens start..stop alone: those before attend as a shared clean prefix.
+    None where there is nothing to cut, or the decoder's arguments do not say how."""
+    n, length = capture.num_samples, capture.batch["labels"].shape[1]
+    start, stop = capture.start, capture.stop
+    if capture.recording is None or (start, stop) == (0, length):
+        return None
+    prefix = capture.recording.suffix(start, stop)
+    if prefix is None:
+        return None
+    index = (capture.labels.index - start).clamp(0, stop - start - 1)
+    capture = replace(capture, labels=Labels(index, capture.labels.target, capture.labels.mask), prefix=prefix)
+    if capture.entry is not capture.decoder:
+        return capture  # the decoder's arguments are cut when the replay reaches it
+    try:
+        kwargs = _cut(capture.kwargs, start, stop)
+    except ValueError as error:
+        log.debug("no suffix: %s", error)
+        return None
+    device, position = capture.rows.index.device, capture.rows.index - capture.rows.sample * length
+    return replace(
+        capture,
+        kwargs=kwargs,
+        rows=Rows(capture.rows.sample, capture.rows.sample * (stop - start) + position - start),
+        token_sample=torch.arange(n, device=device).repeat_interleave(stop - start),
+    )

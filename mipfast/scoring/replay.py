@@ -1,0 +1,339 @@
+"""Run m scaled copies of a batch through the blocks from l on.
+
+The model's own code runs: `entry` is called again with its clean arguments tiled m times, and blocks before l return
+what they returned when the path was advanced over them. Copies are step-major (row k·n + i), so tiling needs no
+knowledge of a family: repeating whatever is concatenated over samples is always right.
+
+Two ways past a block. Natively, its FFN's inner activations are overwritten by a hook. Where the block adds its FFN's
+output to what else it does, it is enough to run it once with the neurons silent (at their baseline, where the capture
+has one) and to add the rest of their contribution to its output: then the block is never differentiated, and the path
+advances for free. `plan` tries which of them is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mipfast.model.batch import without_labels
+from mipfast.model.head import base_model, label_states, with_states
+from mipfast.model.patching import removing, replaced_forward
+from mipfast.scoring.capture import Capture
+from mipfast.scoring.prefix_attention import attending
+
+# Arguments whose batch dimension is not the first, and arguments without one. position_ids are [n,S] or [3,n,S].
+BATCH_DIM = {"position_ids": -2}
+UNTILED = ("cache_position", "logits_to_keep")
+BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves every sample
+PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
+STATES = ("hidden_states", "hidden_state")  # what blocks call their input
+ROW_BY_ROW = ("q_proj", "o_proj")  # in a decoder's attention; keys and values of every token are seen by later ones
+
+
+class Replay:
+    """m copies of the captured batch, with the states of the blocks the path has advanced over.
+
+    silents[l] is block l's output with its neurons silent, where `plan` went over it; tangents[l] is d state[l] / d
+    alpha along the path, for the completeness residual; None where not carried."""
+
+    def __init__(self, capture: Capture, copies: int):
+        self.capture, self.copies = capture, copies
+        offsets = torch.arange(copies, device=capture.rows.index.device) * capture.tokens
+        self._index = (offsets[:, None] + capture.rows.index).flatten()
+        self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
+        self.states: list[torch.Tensor] = []
+        self.silents: list[torch.Tensor] = []
+        self.tangents: list[torch.Tensor | None] = []
+        self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
+
+    def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [m·n,q,V] at the label positions, the blocks in states skipped, and the next block's neurons
+        overwritten by values [m,R,F] (here and below measured from the capture's baseline) where given."""
+        layer, stack = len(self.states), self.capture.stack
+        with ExitStack() as patches:
+            if values is not None:
+                patches.enter_context(self._overwritten(layer, values))
+            if values is None or stack.blocks[layer] is not self.capture.last_block:
+                patches.enter_context(self._last_block_at_labels())
+            return self._entered()
+
+    def staggered(self, states: list[torch.Tensor], starts: list[torch.Tensor]) -> torch.Tensor:
+        """Logits [m·n,q,V] of copies that leave one run of the blocks, states of a single copy, at the m last of them:
+        the j-th of these blocks returned starts[j] to copy j, and all that follow are copy j's own."""
+        first = len(states) - len(starts)
+        self.states = [copied(state, self.copies) for state in states[:first]]
+        self.states.append(torch.cat([starts[0], *[states[first]] * (self.copies - 1)]))
+        with ExitStack() as patches:
+            for j, block in enumerate(self.capture.stack.blocks[first + 1 : len(states)], 1):
+
+                def leave(*args: Any, _native: Any = block.forward, _j: int = j, **kwargs: Any) -> Any:
+                    output = _native(*args, **kwargs)
+                    state = output[0] if isinstance(output, tuple) else output
+                    gone = state[: len(state) // self.copies * _j]
+                    waiting = [states[first + _j]] * (self.copies - 1 - _j)
+                    return self._output(torch.cat([gone, starts[_j], *waiting]))
+
+                patches.enter_context(replaced_forward(block, leave))  # not a hook: transformers' own would come first
+            return self.run()
+
+    def clean_gradients(
+        self, objective: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """d objective(logits) / d output of every block, in one unscaled pass over one copy; and of every block but the
+        last the part that does not run through the next block: what else taps it (deepstack, vision_feature_layer)."""
+        outputs: list[torch.Tensor] = []
+        entered: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, output: Any) -> Any:
+            state = output[0] if isinstance(output, tuple) else output
+            outputs.append(state if state.requires_grad else state.detach().requires_grad_())
+            return (outputs[-1], *output[1:]) if isinstance(output, tuple) else outputs[-1]
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            (hidden, *rest), kwargs = _state_first(args, kwargs)
+            entered.append(hidden.view_as(hidden))  # a node of its own: its gradient is the next block's alone
+            return (entered[-1], *rest), kwargs
+
+        first, *later = self.capture.stack.blocks
+        with ExitStack() as hooks, torch.enable_grad():
+            hooks.enter_context(self._last_block_at_labels())
+            hooks.enter_context(removing(first.register_forward_hook(keep)))
+            for block in later:
+                hooks.enter_context(removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
+                hooks.enter_context(removing(block.register_forward_hook(keep)))
+            value = objective(self._entered())
+            if not value.requires_grad:
+                return [None] * len(outputs), [None] * len(entered)
+            found = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)
+        total: list[torch.Tensor | None] = list(found[: len(outputs)])
+        pairs = zip(total, found[len(outputs) :], strict=False)
+        return total, [t if u is None or t is None else None if t.equal(u) else t - u for t, u in pairs]
+
+    def part(self, start: int, stop: int) -> Replay:
+        """Copies start..stop of this one, where it stands."""
+        part = Replay(self.capture, stop - start)
+        for state, tangent in zip(self.states, self.tangents, strict=True):
+            rows = slice(len(state) // self.copies * start, len(state) // self.copies * stop)
+            part.push(state.detach()[rows], None if tangent is None else tangent[rows])
+        return part
+
+    def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output of the next block with its neurons at the chosen positions silent, and with carry its derivative by
+        alpha."""
+        act = self.capture.activations[len(self.states)]
+        nothing = act.new_zeros(self.copies, *act.shape)
+        return self._block(nothing, torch.zeros_like(nothing) if carry else None)
+
+    def advance(self, values: torch.Tensor, tangent: torch.Tensor | None) -> None:
+        """Take the next block into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha is
+        tangent [m,R,F]; with tangent None no derivative is carried."""
+        self.push(*self._block(values, tangent))
+
+    def push(self, state: torch.Tensor, tangent: torch.Tensor | None) -> None:
+        """Take a block's output into the states."""
+        self.states.append(state)
+        self.tangents.append(tangent)
+
+    def drop(self) -> None:
+        """Take the last block's output back out of the states."""
+        self.states.pop()
+        self.tangents.pop()
+
+    def at_rows(self, state: torch.Tensor) -> torch.Tensor:
+        """The chosen rows [m,R,H] of a state."""
+        return state.reshape(-1, state.shape[-1])[self._index].view(self.copies, -1, state.shape[-1])
+
+    def add_rows(self, state: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A copy of the state with values [m,R,H] added at the chosen rows."""
+        flat = state.reshape(-1, state.shape[-1])
+        return flat.index_add(0, self._index, values.reshape(-1, state.shape[-1]).to(flat)).view_as(state)
+
+    def per_sample(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum values [m·tokens, ...] of one state over a sample's tokens and channels: [m,n]."""
+        rows = values.reshape(self.copies, self.capture.tokens, -1).sum(-1)
+        out = rows.new_zeros(self.copies, self.capture.num_samples)
+        return out.index_add_(1, self.capture.token_sample, rows)
+
+    def _entered(self) -> torch.Tensor:
+        """The model from its entry on: blocks in states return them, the next block's arguments are kept."""
+        capture, layer = self.capture, len(self.states)
+        base, entry = base_model(capture.model), capture.entry
+        native = entry.forward if entry is base else None
+
+        def from_entry(*_: Any, **__: Any) -> Any:
+            if native:
+                return native(**self._kwargs)
+            return with_states(capture.base_output, entry(**self._kwargs)[0])
+
+        with ExitStack() as patches:
+            if capture.prefix:
+                patches.enter_context(attending(capture.decoder, capture.prefix))
+                if entry is not capture.decoder:
+                    hook = capture.decoder.register_forward_pre_hook(self._cut_call, with_kwargs=True)
+                    patches.enter_context(removing(hook))
+            patches.enter_context(replaced_forward(base, from_entry))
+            for block, state in zip(capture.stack.blocks, self.states, strict=False):
+                patches.enter_context(replaced_forward(block, lambda *_, _state=state, **__: self._output(_state)))
+            if layer < capture.stack.num_layers:
+                keep = capture.stack.blocks[layer].register_forward_pre_hook(self._keep_call, with_kwargs=True)
+                patches.enter_context(removing(keep))
+            patches.enter_context(label_states(capture.model, capture.labels))
+            return capture.model(**without_labels(capture.batch), use_cache=False).logits
+
+    def _block(self, values: torch.Tensor, tangent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(output, its derivative by alpha) of the next block, without gradient."""
+        layer = len(self.states)
+        block = self.capture.stack.blocks[layer]
+        if self._call[0] != layer:
+            self._reach(block)
+        _, (hidden, *args), kwargs, came_from = self._call
+        if came_from is not None and came_from is not self.states[-1]:
+            # the call was seen while the last block stood at another alpha; what lies between blocks only ever adds
+            hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from)
+        hidden = hidden.detach()
+        with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
+            if self.capture.prefix:
+                patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
+            if tangent is not None:
+                patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
+                values = forward_ad.make_dual(values, tangent)
+                if layer and self.tangents[-1] is not None:
+                    hidden = forward_ad.make_dual(hidden, self.tangents[-1])
+            patches.enter_context(self._overwritten(layer, values))
+            output = block.forward(hidden, *args, **kwargs)
+            state, moved = forward_ad.unpack_dual(output[0] if isinstance(output, tuple) else output)
+            if tangent is not None and moved is None:
+                moved = torch.zeros_like(state)
+            return state.detach().clone(), None if moved is None else moved.detach().clone()
+
+    def _cut_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args or self.capture.prefix is None:
+            raise ValueError("a decoder called with unnamed arguments cannot be cut")
+        return (), _cut(kwargs, self.capture.prefix.start, self.capture.prefix.stop, pictures_follow=True)
+
+    def _reach(self, block: nn.Module) -> None:
+        """Run up to a block that no replay has reached yet, for its arguments."""
+
+        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._keep_call(module, args, kwargs)
+            raise _Reached
+
+        with torch.no_grad(), removing(block.register_forward_pre_hook(stop, with_kwargs=True)):
+            try:
+                self._entered()
+            except _Reached:
+                pass
+
+    def _keep_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._call = (len(self.states), *_state_first(args, kwargs), self.states[-1] if self.states else None)
+
+    @contextmanager
+    def _last_block_at_labels(self) -> Iterator[None]:
+        """What the decoder's last FFN and the projections of its attention's queries and output do elsewhere, no label
+        sees: zero is returned there."""
+        block, (index, tokens) = self.capture.last_block, self._label_rows
+
+        def at_labels(hidden: torch.Tensor, native: Any) -> torch.Tensor:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            if len(rows) != tokens:
+                return native(hidden)
+            found = native(rows[None, index])[0]
+            return found.new_zeros(tokens, found.shape[-1]).index_copy(0, index, found).view(*hidden.shape[:-1], -1)
+
+        with ExitStack() as patches:
+            if len(index) < tokens:
+                projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in ROW_BY_ROW)
+                for module in (self.capture.last_ffn, *projections):
+                    patches.enter_context(replaced_forward(module, partial(at_labels, native=module.forward)))
+            yield
+
+    @cached_property
+    def _label_rows(self) -> tuple[torch.Tensor, int]:
+        """The labels among the decoder's rows of all copies, and how many rows these are. Kept: nonzero waits for the
+        GPU."""
+        capture, labels = self.capture, self.capture.labels
+        span = capture.stop - capture.start if capture.prefix else capture.batch["labels"].shape[1]
+        sample, i = labels.mask.nonzero(as_tuple=True)
+        tokens = labels.num_samples * span
+        offsets = torch.arange(self.copies, device=sample.device) * tokens
+        return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
+
+    def _output(self, state: torch.Tensor) -> Any:
+        if any(name in self._kwargs for name in PICTURES):
+            state = state.clone()  # transformers 4 adds these to it in place
+        return state if self.capture.tail is None else (state, *self.capture.tail)
+
+    @contextmanager
+    def _overwritten(self, layer: int, values: torch.Tensor) -> Iterator[None]:
+        if self.capture.baseline is not None:
+            values = values + self.capture.baseline[layer]
+        flat = values.reshape(-1, values.shape[-1])
+
+        def overwrite(module: nn.Module, args: tuple) -> tuple:
+            x = args[0].reshape(-1, args[0].shape[-1])  # out of place: the input is also somebody else's saved tensor
+            return (x.index_put((self._index,), flat).view_as(args[0]), *args[1:])
+
+        with removing(self.capture.stack.outputs[layer].register_forward_pre_hook(overwrite)):
+            yield
+
+
+def _state_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A block's arguments with the state, which some families name, in front."""
+    if args:
+        return args, kwargs
+    name = next(name for name in STATES if name in kwargs)
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+class _Reached(Exception):
+    """Ends a forward pass at a block whose arguments were wanted."""
+
+
+def copied(state: torch.Tensor, copies: int) -> torch.Tensor:
+    """The states of one copy, repeated."""
+    return state.repeat(copies, *[1] * (state.ndim - 1))
+
+
+def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _tile(name, item, copies, num_samples) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_tile(name, item, copies, num_samples) for item in value)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in UNTILED:
+        return value
+    dim = BATCH_DIM.get(name, 0)
+    if name in BROADCASTS and value.shape[dim] == 1 and num_samples > 1:
+        return value
+    times = [1] * value.ndim
+    times[dim] = copies
+    return value.repeat(times)
+
+
+# Arguments of decoders with a token dimension, and which it is.
+TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
+
+
+def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = False) -> dict[str, Any]:
+    """A decoder's arguments for tokens start..stop; with pictures_follow none of them lies before start. Raises
+    ValueError for an argument that TOKEN_DIM does not know."""
+    cut: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name == "attention_mask":
+            cut[name] = None  # the recorded masks stand in
+        elif isinstance(value, torch.Tensor) and name in TOKEN_DIM:
+            cut[name] = value.narrow(TOKEN_DIM[name], start, stop - start)
+        elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in PICTURES):
+            raise ValueError(f"how to cut the decoder's {name} is not known")
+        else:
+            cut[name] = value
+    if cut.get("position_ids") is None:
+        some = next(v for k, v in kwargs.items() if k in TOKEN_DIM and isinstance(v, torch.Tensor))
+        cut["position_ids"] = torch.arange(start, stop, device=some.device)[None]
+    return cut
