@@ -36,7 +36,7 @@ from selection import (
 
 from mipfast import Attribution, NeuronPath, RMisUConfig, hidden_states, locate, misdirect, prune, rmisu_loss
 from mipfast.demo.model import Batch
-from mipfast.edit.misdirect import train_places, unedited
+from mipfast.edit.misdirect import trainable_parts, unedited
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import training
 
@@ -128,7 +128,7 @@ def projected(study: Study, path: NeuronPath, config: RMisUConfig) -> None:
         return hidden_states(study.model, batch, LAYER, sites=study.sites)
 
     forget, retain = study.batches
-    with training(study.model, train_places(path, study.sites, "path")) as leaves:
+    with training(study.model, trainable_parts(path, study.sites, "path")) as leaves:
         with unedited(study.model):
             kept = [hidden(batch) for batch in retain]
             target = steering_target(config, hidden(forget[0]), torch.cat(kept))

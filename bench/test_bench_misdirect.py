@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_bench_locate import DEVICE, WORDS, llama, seconds  # noqa: E402
 
 from mipfast import RMisUConfig, find_sites, hidden_states, misdirect, ops, steering_target  # noqa: E402
-from mipfast.edit.misdirect import train_places  # noqa: E402
+from mipfast.edit.misdirect import trainable_parts  # noqa: E402
 from mipfast.edit.train import training  # noqa: E402
 
 LAYER, LR = 7, 1e-4
@@ -149,7 +149,7 @@ def assert_same(shape, positions, forget, retain):
                 getattr(ours.model.layers[layer].mlp, name).weight[rows] = split.trained
             wanted.append(split.trained.grad)
     sites = find_sites(ours)
-    with training(ours, train_places(path, sites, "path")) as leaves:
+    with training(ours, trainable_parts(path, sites, "path")) as leaves:
         mine = [
             ops.misdirection_loss(hidden_states(ours, forget, LAYER, positions), target),
             ops.misdirection_loss(hidden_states(ours, retain, LAYER, positions), before),

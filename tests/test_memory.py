@@ -34,7 +34,7 @@ def case(modality):
 def running_out(monkeypatch, too_much):
     """Every score over more than is allowed raises, as a GPU would."""
     seen = []
-    for kind in (nodes.Added, nodes.Overwritten):
+    for kind in (nodes.ResidualNodes, nodes.HookedNodes):
 
         def score(self, *args, _score=kind.score):
             seen.append((self.replay.copies, self.replay.capture.num_samples))
@@ -70,14 +70,14 @@ def test_joint_scores_run_out_too(monkeypatch):
     model = tiny_llama(F64)
     batch, settings = text_batch(model, [9, 12], [2, 1]), dict(combine="product", n_steps=5)
     expected = mipfast.locate(model, batch, **settings)
-    gradients = nodes.Overwritten.gradients
+    gradients = nodes.HookedNodes.gradients
 
     def small(self, *args, **kwargs):
         if self.replay.copies > 1:
             raise torch.OutOfMemoryError("out of memory")
         return gradients(self, *args, **kwargs)
 
-    monkeypatch.setattr(nodes.Overwritten, "gradients", small)
+    monkeypatch.setattr(nodes.HookedNodes, "gradients", small)
     found = mipfast.locate(model, batch, **settings)
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-12)
 

@@ -26,11 +26,11 @@ from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import steering_layer
 from mipfast.edit.prune import prune
 from mipfast.edit.steering import steering_target
-from mipfast.edit.train import Losses, Places, descend, order, take_batches, training
+from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import DivergedError, InputError
 from mipfast.model.batch import Batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
-from mipfast.model.patching import held, removing
+from mipfast.model.patching import frozen_eval, removing
 from mipfast.model.sites import Stack, find_sites
 
 Kept = Mapping[int, torch.Tensor]  # by batch
@@ -53,13 +53,13 @@ class Method(ABC):
 
     lr: ClassVar[float]
 
-    def places(self, model: nn.Module) -> Places:
+    def trainable(self, model: nn.Module) -> Trainable:
         """What trains: every parameter that requires a gradient, of a PeftModel the adapter's."""
-        places: dict[str, list[torch.Tensor]] = {}
+        found: dict[str, list[torch.Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                places.setdefault(re.split(r"\.\d+\.", name)[0].removesuffix(".weight"), []).append(parameter)
-        return dict(places)
+                found.setdefault(re.split(r"\.\d+\.", name)[0].removesuffix(".weight"), []).append(parameter)
+        return dict(found)
 
     @abstractmethod
     def terms(
@@ -187,7 +187,7 @@ class RMU(Method):
     positions: str = "all"
     lr: ClassVar[float] = 5e-5
 
-    def places(self, model):
+    def trainable(self, model):
         if self.direction not in ("gaussian", "uniform"):
             raise InputError(
                 f"direction={self.direction!r}; RMU draws one, expected gaussian or uniform (misdirect learns one)"
@@ -251,7 +251,7 @@ class MANU:
         if not 0 < self.fraction <= 1:
             raise InputError(f"fraction={self.fraction}; expected a share of the neurons in (0, 1]")
         stacks = find_sites(model).stacks
-        with held(model), torch.no_grad():
+        with frozen_eval(model), torch.no_grad():
             of_forget, of_retain = (_importances(model, stacks, batches) for batches in (forget, retain))
         neurons = {}
         groups = [stacks[:1], [stack for stack in stacks[1:] if {stack.name} <= of_forget.keys() & of_retain.keys()]]
@@ -317,7 +317,7 @@ def run(
     lr = method.lr if config.lr is None else config.lr
     config = replace(config, lr=lr)
     check_steps(config)
-    places = method.places(model)
+    places = method.trainable(model)
     if not any(places.values()):
         raise InputError(f"{type(method).__name__} has nothing to train: no parameter it edits requires a gradient")
     steps = config.steps if config.steps is not None else config.epochs * len(forget)

@@ -77,7 +77,7 @@ def _seen(model: Any, batch: Batch, rows: torch.Tensor) -> tuple[dict[str, Any],
 
 
 def _hooked(model: nn.Module) -> bool:
-    """Whether a prune's hook may count positions."""
+    """True if an activation prune is active: its hook indexes token positions, so the sequence must not be cut."""
     return any(handle.mode == "activations" for handle in active_prunes(model))
 
 

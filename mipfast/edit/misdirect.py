@@ -21,7 +21,7 @@ from mipfast.edit.hidden import hidden_states
 from mipfast.edit.lora import adapter_slices, add_adapter, remove_adapter
 from mipfast.edit.prune import Neurons, active_prunes, check_neurons, neuron_slices
 from mipfast.edit.steering import find_target
-from mipfast.edit.train import Losses, Places, descend, order, take_batches, training
+from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import InputError
 from mipfast.model.batch import Batch
 from mipfast.model.sites import Sites, check_layer, find_sites
@@ -75,13 +75,13 @@ def misdirect(
     forget, retain = take_batches(forget, retain)
     steps = config.steps if config.steps is not None else config.epochs * len(forget)
     forget_order, retain_order = order(config.seed, (len(forget), len(retain)), steps)
-    neurons, above = reached(path, sites, layer, config.trainable)
+    neurons, above = neurons_below(path, sites, layer, config.trainable)
     check_no_hook(model, neurons)
 
     def hidden(batch: Batch) -> torch.Tensor:
         return hidden_states(model, batch, layer, config.positions, sites)
 
-    def terms(step: tuple[int, int]) -> Iterator[Losses]:
+    def loss_terms(step: tuple[int, int]) -> Iterator[Losses]:
         yield rmisu_loss(hidden(forget[step[0]]), None, target, None, config.alpha)
         yield rmisu_loss(None, hidden(retain[step[1]]), target, kept[step[1]], config.alpha)
 
@@ -90,7 +90,7 @@ def misdirect(
             add_adapter(model, neurons, config.lora_rank, config.lora_alpha, config.seed)
             edit.callback(remove_adapter, model)
             sites = find_sites(model)
-        with training(model, train_places(neurons, sites, config.trainable)) as leaves:
+        with training(model, trainable_parts(neurons, sites, config.trainable)) as leaves:
             with unedited(model):
                 kept = {i: hidden(retain[i]) for i in sorted(set(retain_order))}
                 first, every = hidden(forget[forget_order[0]]), torch.cat(list(kept.values()))
@@ -98,7 +98,7 @@ def misdirect(
                 target, likely = find_target(model, config, layer, seen, first, every)
             pairs = list(zip(forget_order, retain_order, strict=True))
             epoch = max(len(forget), len(retain))
-            report = descend(leaves, terms, pairs, config.lr, epoch, "misdirect", config.progress)
+            report = descend(leaves, loss_terms, pairs, config.lr, epoch, "misdirect", config.progress)
         edit.pop_all()
     return report | {
         **likely,
@@ -117,14 +117,14 @@ def steering_layer(config: Any, sites: Sites) -> int:
     return layer
 
 
-def reached(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[Neurons, list[str]]:
+def neurons_below(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[Neurons, list[str]]:
     """(the neurons to train, "stack/layer" of those above the steering layer, which no loss there can reach). Raises
     InputError where there is nothing to train."""
     if trainable == "all":
         path = {
             (stack.name, i): torch.arange(stack.num_neurons) for stack in sites.stacks for i in range(len(stack.blocks))
         }
-    chosen = {place: index for place, index in path.items() if place[0] != sites.text.name or place[1] <= layer}
+    chosen = {key: index for key, index in path.items() if key[0] != sites.text.name or key[1] <= layer}
     above = [] if trainable == "all" else [f"{stack}/{i}" for stack, i in path if (stack, i) not in chosen]
     if not chosen:
         raise InputError(
@@ -135,17 +135,17 @@ def reached(path: Neurons, sites: Sites, layer: int, trainable: str) -> tuple[Ne
     return chosen, above
 
 
-def train_places(neurons: Neurons, sites: Sites, trainable: str) -> Places:
+def trainable_parts(neurons: Neurons, sites: Sites, trainable: str) -> Trainable:
     """{"stack/layer": what trains}."""
-    places: Places = {}
+    found: Trainable = {}
     for (stack, i), index in neurons.items():
         rows, columns = neuron_slices(sites, stack, i, index)
         parts = columns if trainable == "down" else [*rows, *columns]
         if trainable == "lora":
-            places[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
+            found[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
         else:
-            places[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
-    return places
+            found[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
+    return found
 
 
 def check_no_hook(model: nn.Module, neurons: Neurons) -> None:

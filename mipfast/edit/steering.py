@@ -17,7 +17,7 @@ from mipfast.edit.config import RMisUConfig
 from mipfast.errors import InputError
 from mipfast.model.batch import Batch, check_many
 from mipfast.model.likelihood import cross_entropy
-from mipfast.model.patching import held, removing, unwrapped
+from mipfast.model.patching import frozen_eval, removing, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import check_layer, find_sites
 
@@ -56,7 +56,7 @@ def find_target(
     drawn = draw_direction("gaussian", len(learned), config.seed)
     targets = {name: steering_target(config, forget, kept, u) for name, u in (("drawn", drawn), ("learned", learned))}
     values: dict[str, list[float]] = {name: [] for name in targets}
-    with held(model), torch.no_grad():
+    with frozen_eval(model), torch.no_grad():
         for i in range(min(STEPS, len(batches))):
             batch = batches[i]
             for name, target in targets.items():
@@ -128,7 +128,7 @@ def learned_direction(
     # sqrt(D) long, so that an entry is about 1 and LR means the same angle at every width
     v = (size**0.5 / start.norm() * start).to(torch.promote_types(parameter.dtype, torch.float32)).requires_grad_()
     optimizer = torch.optim.Adam([v], lr=LR)
-    with held(model), torch.enable_grad():
+    with frozen_eval(model), torch.enable_grad():
         for step in range(steps):
             value = answer_log_prob(model, batches[step % len(batches)], layer, positions, length * v / v.norm())
             (v.grad,) = torch.autograd.grad(value, v)

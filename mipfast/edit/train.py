@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mipfast.edit.prune import Slice
 from mipfast.errors import DivergedError, InputError
 from mipfast.model.batch import Batch, check_many
-from mipfast.model.patching import held
+from mipfast.model.patching import frozen_eval
 
 log = logging.getLogger("mipfast")
 T = TypeVar("T")
@@ -31,14 +31,14 @@ class Losses(NamedTuple):
     retain: torch.Tensor | None = None
 
 
-Places = dict[str, Sequence[Slice | torch.Tensor]]
+Trainable = dict[str, Sequence[Slice | torch.Tensor]]
 
 
 class Leaf:
     """A whole parameter as the optimiser sees it: itself, or a float32 master where it is of half precision."""
 
-    def __init__(self, place: str, parameter: torch.Tensor):
-        self.place, self.parameter = place, parameter
+    def __init__(self, name: str, parameter: torch.Tensor):
+        self.name, self.parameter = name, parameter
         self.tensor, self.hook = parameter, None
         if parameter.dtype not in (torch.float32, torch.float64):
             self.tensor = nn.Parameter(parameter.detach().float())
@@ -63,14 +63,12 @@ class SliceLeaf:
     """A slice of a projection's weight or bias, in float32 at least. The weight itself gets no gradient: a hook on the
     projection computes the slice's alone, a share k/F of the work and memory."""
 
-    def __init__(self, place: str, part: Slice, projection: nn.Module):
-        self.place, self.part = place, part
+    def __init__(self, name: str, part: Slice, projection: nn.Module):
+        self.name, self.part = name, part
         if not isinstance(projection, nn.Linear) and type(projection).__name__ != "Conv1D":
-            raise InputError(f"{place}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
+            raise InputError(f"{name}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
         if not part.parameter.is_floating_point():
-            raise InputError(
-                f"{place}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first"
-            )
+            raise InputError(f"{name}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first")
         values = part.read()
         self.tensor = nn.Parameter(values if values.dtype == torch.float64 else values.float())
         transposed = not isinstance(projection, nn.Linear)
@@ -98,11 +96,17 @@ class _SliceGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, x: torch.Tensor, leaf: torch.Tensor, index: torch.Tensor, what: str, turn: bool
+        ctx: Any,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        leaf: torch.Tensor,
+        index: torch.Tensor,
+        part: str,
+        transposed: bool,
     ) -> torch.Tensor:
-        kept = x[..., index] if what == "inputs" else x if what == "outputs" else None
+        kept = x[..., index] if part == "inputs" else x if part == "outputs" else None
         ctx.save_for_backward(index, kept)
-        ctx.what, ctx.turn, ctx.dtype = what, turn, leaf.dtype
+        ctx.part, ctx.transposed, ctx.dtype = part, transposed, leaf.dtype
         return output.view_as(output)
 
     @staticmethod
@@ -110,23 +114,30 @@ class _SliceGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         index, x = ctx.saved_tensors
         rows = grad_output.flatten(0, -2)
-        rows = rows if ctx.what == "inputs" else rows[:, index]
-        if ctx.what == "bias":
+        rows = rows if ctx.part == "inputs" else rows[:, index]
+        if ctx.part == "bias":
             grad = rows.sum(0)
         else:
             grad = rows.T @ x.flatten(0, -2).to(rows.dtype)
-        return grad_output, None, (grad.T if ctx.turn and ctx.what != "bias" else grad).to(ctx.dtype), None, None, None
+        return (
+            grad_output,
+            None,
+            (grad.T if ctx.transposed and ctx.part != "bias" else grad).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 Leaves = list[Leaf | SliceLeaf]
 
 
 @contextmanager
-def training(model: nn.Module, places: Places) -> Iterator[Leaves]:
-    """The leaves of some places, in eval mode (no dropout) and nothing else trainable; undone on the way out."""
-    whole = [part for parts in places.values() for part in parts if not isinstance(part, Slice)]
-    with held(model, whole):
-        leaves = make_leaves(model, places)
+def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
+    """The leaves of what is to train, in eval mode (no dropout) and nothing else trainable; undone on the way out."""
+    whole = [part for parts in trainable.values() for part in parts if not isinstance(part, Slice)]
+    with frozen_eval(model, whole):
+        leaves = make_leaves(model, trainable)
         try:
             yield leaves
         finally:
@@ -134,11 +145,11 @@ def training(model: nn.Module, places: Places) -> Iterator[Leaves]:
                 leaf.remove()
 
 
-def make_leaves(model: nn.Module, places: Places) -> Leaves:
+def make_leaves(model: nn.Module, trainable: Trainable) -> Leaves:
     owner = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     return [
-        SliceLeaf(place, part, owner[id(part.parameter)]) if isinstance(part, Slice) else Leaf(place, part)
-        for place, parts in places.items()
+        SliceLeaf(name, part, owner[id(part.parameter)]) if isinstance(part, Slice) else Leaf(name, part)
+        for name, parts in trainable.items()
         for part in parts
     ]
 
@@ -175,7 +186,7 @@ def descend(
     epoch: the number of steps after which some leaf must have got a gradient. Raises InputError where none did,
     DivergedError for a loss that is not finite."""
     started = time.monotonic()
-    places = list(dict.fromkeys(leaf.place for leaf in leaves))
+    names = list(dict.fromkeys(leaf.name for leaf in leaves))
     optimizer = torch.optim.Adam([leaf.tensor for leaf in leaves], lr=lr)
     seen: dict[str, list[float]] = {"forget": [], "retain": []}
     moving: set[str] = set()
@@ -184,27 +195,27 @@ def descend(
             if not bool(term.loss.isfinite()):
                 advice = f"lower lr ({lr})" if done else "check the model's weights and dtype, and the target's length"
                 raise DivergedError(f"the loss of step {done} of {name} is {term.loss.item()}; {advice}")
-            if term.loss.requires_grad:  # not where a vision path meets batches without pictures
+            if term.loss.requires_grad:  # a vision path and a batch of text: no trained parameter is in this graph
                 term.loss.backward()
             for part, values in seen.items():
                 if (value := getattr(term, part)) is not None:
                     values.append(value.item())
-        moving |= {leaf.place for leaf in leaves if leaf.place not in moving and _has_gradient(leaf.tensor)}
+        moving |= {leaf.name for leaf in leaves if leaf.name not in moving and _has_gradient(leaf.tensor)}
         if done + 1 == epoch and not moving:
             raise InputError(
-                f"no gradient reaches {', '.join(places)}: input rows of neurons whose columns are zero do not "
+                f"no gradient reaches {', '.join(names)}: input rows of neurons whose columns are zero do not "
                 "train alone, and a vision tower needs batches with pixel_values"
             )
         optimizer.step()
         optimizer.zero_grad()
         for leaf in leaves:
             leaf.write()
-    idle = sorted(set(places) - moving)
+    idle = sorted(set(names) - moving)
     if idle:
         log.warning("no gradient ever reached %s", ", ".join(idle))
     return {
         "steps": len(steps),
-        "trained": {place: sum(t.tensor.numel() for t in leaves if t.place == place) for place in places},
+        "trained": {one: sum(t.tensor.numel() for t in leaves if t.name == one) for one in names},
         "without_gradient": idle,
         "forget_loss": seen["forget"],
         "retain_loss": seen["retain"],

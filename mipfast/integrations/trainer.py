@@ -15,14 +15,14 @@ from transformers import Trainer, TrainerCallback
 
 from mipfast.edit.config import RMisUConfig, check_config
 from mipfast.edit.hidden import hidden_states
-from mipfast.edit.misdirect import check_no_hook, reached, rmisu_loss, steering_layer, train_places, unedited
+from mipfast.edit.misdirect import check_no_hook, neurons_below, rmisu_loss, steering_layer, trainable_parts, unedited
 from mipfast.edit.prune import Neurons, check_neurons
 from mipfast.edit.steering import STEPS, find_target
 from mipfast.edit.train import Leaves, Losses, training
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import load_artefact, save_artefact
 from mipfast.model.batch import Batch
-from mipfast.model.patching import held
+from mipfast.model.patching import frozen_eval
 from mipfast.model.sites import find_sites
 
 ITEMS = "'forget' and 'retain' in every item, an example of each"
@@ -78,16 +78,16 @@ class RMisUTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train. Raises InputError where nothing trained, DivergedError for a loss that is not finite."""
         self._sites = find_sites(self.model)
-        neurons, _ = reached(self.path, self._sites, self._layer, self.rmisu.trainable)
+        neurons, _ = neurons_below(self.path, self._sites, self._layer, self.rmisu.trainable)
         check_no_hook(self.model, neurons)
         self.optimizer = self.lr_scheduler = None
-        with training(self.model, train_places(neurons, self._sites, self.rmisu.trainable)) as self._leaves:
+        with training(self.model, trainable_parts(neurons, self._sites, self.rmisu.trainable)) as self._leaves:
             self._before = [leaf.tensor.detach().clone() for leaf in self._leaves]
             self._moved = None
             self._target, likely = self._measure_target()
             result = super().train(*args, **kwargs)
         if self._moved is False:
-            raise InputError(f"no gradient reached {', '.join(sorted({leaf.place for leaf in self._leaves}))}")
+            raise InputError(f"no gradient reached {', '.join(sorted({leaf.name for leaf in self._leaves}))}")
         result.metrics.update(likely)
         return result
 
@@ -120,7 +120,7 @@ class RMisUTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        with held(self.model):
+        with frozen_eval(self.model):
             return hidden_states(self.model, batch, self._layer, self.rmisu.positions, self._sites)
 
     @contextmanager
@@ -182,7 +182,8 @@ class RMisUTrainer(Trainer):
         tensors, _ = load_artefact(resume_from_checkpoint, "slices", [*names, "target"], ["layer"])
         shapes = [tensors[name].shape for name in names]
         target, again = tensors["target"].to(self._target), self._target
-        if self.rmisu.direction == "learned":  # its steps may have grown a rounding: the checkpoint's goes on
+        if self.rmisu.direction == "learned":
+            # not reproducible to the bit: keep the checkpoint's target and compare only its length
             self._target, target, again = target, target.norm(), again.norm()
         if shapes != [leaf.tensor.shape for leaf in self._leaves] or not torch.allclose(target, again, rtol=1e-3):
             raise InputError(

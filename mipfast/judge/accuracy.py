@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError
 from mipfast.model.batch import Batch, check_inputs, find_labels, without_labels
-from mipfast.model.patching import held
+from mipfast.model.patching import frozen_eval
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
     finite."""
     predicted: list[list[int]] = []
     hits: list[bool] = []
-    with held(model), torch.no_grad():
+    with frozen_eval(model), torch.no_grad():
         for batch in tqdm(list(batches), desc="evaluate", disable=not progress, leave=False):
             labels = find_labels(batch)
             check_inputs(model, batch)

@@ -13,7 +13,7 @@ from mipfast.errors import DivergedError, InputError, ModelError
 from mipfast.judge import metrics
 from mipfast.model.batch import Batch, check_many, find_labels
 from mipfast.model.likelihood import token_nll
-from mipfast.model.patching import held, unwrapped
+from mipfast.model.patching import frozen_eval, unwrapped
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
         raise InputError(f"lr={lr!r}; expected a positive number")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        with held(model, model.parameters()):
+        with frozen_eval(model, model.parameters()):
             optimizer = torch.optim.Adam(model.parameters(), lr=lr)
             for step, batch in enumerate(batches):
                 find_labels(batch)
@@ -67,7 +67,7 @@ def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch],
 def _likelihoods(model: Any, batches: Iterable[Batch], k: float) -> dict[str, list[float]]:
     """Both scores of every sample."""
     scores: dict[str, list[float]] = {"loss": [], "min_k": []}
-    with held(model), torch.no_grad():
+    with frozen_eval(model), torch.no_grad():
         for batch in batches:
             for tokens in token_nll(model, batch):
                 if not bool(tokens.isfinite().all()):

@@ -26,7 +26,7 @@ from mipfast.errors import ArtefactError, InputError, ModelError
 from mipfast.files import claim, read_run, versions, write_atomic, write_json
 from mipfast.judge import metrics
 from mipfast.model.batch import Batch, find_labels, without_labels
-from mipfast.model.patching import held, unwrapped
+from mipfast.model.patching import frozen_eval, unwrapped
 
 log = logging.getLogger("mipfast")
 T = TypeVar("T")
@@ -116,7 +116,7 @@ def evaluate_records(
     }
     out = None if out is None else Path(out)
     rows: list[dict[str, Any]] = []
-    with held(model), torch.no_grad():
+    with frozen_eval(model), torch.no_grad():
         if out:
             identity = {
                 "config": facts["config"],

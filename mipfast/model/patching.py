@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def held(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+def frozen_eval(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """Every module in eval mode (no dropout), only the trainable parameters requiring gradient. On the way out modes
     and flags are what they were, and the trainable parameters' gradients are dropped."""
     modes = [(module, module.training) for module in model.modules()]

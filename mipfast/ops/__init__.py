@@ -381,7 +381,7 @@ def _project(act, weight, alphas, neurons):
     if name == "reference" or act.numel() == 0 or weight.numel() == 0:
         return reference.riemann_project(act, weight, alphas, neurons)
     if neurons is not None:
-        neurons = _once(neurons)
+        neurons = _deduplicated(neurons)
     if name == "triton":
         from mipfast_kernels.riemann_project import riemann_project as launch
 
@@ -426,7 +426,7 @@ _riemann_project = torch.library.custom_op(
 )
 
 
-def _once(neurons: Tensor) -> Tensor:
+def _deduplicated(neurons: Tensor) -> Tensor:
     """Each row's neurons, sorted, -1 where one is named again."""
     ordered = neurons.sort(1).values
     return torch.cat([ordered[:, :1], ordered[:, 1:].masked_fill(ordered[:, 1:] == ordered[:, :-1], -1)], 1)

@@ -26,14 +26,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if tangent is not None:  # one product, not two of half the rows
         both = linear(torch.stack([primal, tangent]), weight)
         return forward_ad.make_dual(both[0] if bias is None else both[0] + bias, both[1])
-    if not _takes(x, weight, bias):
+    if not _supported(x, weight, bias):
         return F.linear(x, weight, bias)
     if x.requires_grad and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _supported(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether csrc/linear.cpp takes these; what does not fit together is torch's to refuse."""
     given = (x, weight) if bias is None else (x, weight, bias)
     return (

@@ -31,9 +31,10 @@ class Capture:
     the decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened
     token dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows,
     measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
-    base_output: what the head's wrapper got from the base model. tail: what blocks return besides their state in
-    transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions. recording:
-    of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to start..stop."""
+    base_output: what the head's wrapper got from the base model. extra_outputs: what blocks return besides their state
+    in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions.
+    recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to
+    start..stop."""
 
     model: nn.Module
     stack: Stack
@@ -53,7 +54,7 @@ class Capture:
     logits: torch.Tensor
     recording: Recording | None
     base_output: Any
-    tail: tuple | None
+    extra_outputs: tuple | None
     prefix: Prefix | None = None
     baseline: list[torch.Tensor] | None = None
 
@@ -131,7 +132,7 @@ def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Po
         seen["base_output"] = output
 
     def keep_outputs(module: nn.Module, args: tuple, output: Any) -> None:
-        state, seen["tail"] = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        state, seen["extra_outputs"] = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         outputs.append(state.detach().reshape(-1, state.shape[-1])[seen["rows"].index])
 
     with ExitStack() as hooks:
@@ -181,7 +182,7 @@ def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Po
         logits,
         seen["recording"],
         seen["base_output"],
-        seen["tail"],
+        seen["extra_outputs"],
     )
 
 

@@ -16,14 +16,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 ONE_PASS: dict[str, Any] = {"method": "gaussradau", "n_steps": 1}  # its one node is the clean run of every layer
 OBJECTIVES = ("logprob", "prob", "log_odds", "loss")
-FREE = (
+RELEASED_MAY_CHANGE = (
     "n_steps",
     "top_k",
     "stack",
     "memory_budget",
     "residuals",
     "progress",
-)  # what LocateConfig.released lets one change
+)  # may differ from the `released` preset
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class LocateConfig:
 
     @classmethod
     def released(cls, modality: Literal["text", "vision"]) -> LocateConfig:
-        """The settings that reproduce the released code's numbers (docs/released.md); only those in FREE may be
-        changed."""
+        """The settings that reproduce the released code's numbers (docs/released.md); only those in
+        RELEASED_MAY_CHANGE may be changed."""
         return cls(
             modality=modality,
             score="igi" if modality == "text" else "ifi",
@@ -106,11 +106,13 @@ class LocateConfig:
         if config.combine == "released":
             preset = LocateConfig.released(config.modality)
             # by repr: positions may be a tensor
-            pairs = [(k, repr(v), repr(getattr(config, k))) for k, v in vars(preset).items() if k not in FREE]
+            pairs = [
+                (k, repr(v), repr(getattr(config, k))) for k, v in vars(preset).items() if k not in RELEASED_MAY_CHANGE
+            ]
             mixed = [f"{name}={found}" for name, wanted, found in pairs if found != wanted]
             if mixed:
                 raise InputError(
                     f"{', '.join(mixed)} cannot be mixed into the released code's settings; start from "
-                    f"LocateConfig.released({config.modality!r}) and change only {', '.join(FREE)}"
+                    f"LocateConfig.released({config.modality!r}) and change only {', '.join(RELEASED_MAY_CHANGE)}"
                 )
         return config

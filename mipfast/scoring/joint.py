@@ -17,7 +17,7 @@ import torch
 from mipfast import ops
 from mipfast.errors import DivergedError, InputError
 from mipfast.scoring.capture import Capture
-from mipfast.scoring.nodes import Chunk, Objective, Overwritten, each
+from mipfast.scoring.nodes import HookedNodes, NodeGroup, Objective, with_oom_halving
 from mipfast.scoring.replay import Replay
 
 Scored = tuple[torch.Tensor, torch.Tensor, set[int]]  # scores [n,L,F], path [n,L,k], layers without gradient
@@ -40,8 +40,8 @@ def joint_search(
 
     Raises InputError where a sample has more than one position, DivergedError for non-finite scores."""
     _one_position(captured)
-    chunks: list[Chunk] = [
-        Overwritten(Replay(captured, len(alphas)), alphas, w, carry=greedy)
+    node_groups: list[NodeGroup] = [
+        HookedNodes(Replay(captured, len(alphas)), alphas, w, carry=greedy)
         for alphas, w in zip(nodes, weights, strict=True)
     ]
     acts = [_wide(act) for act in captured.activations]
@@ -49,11 +49,13 @@ def joint_search(
     scores, paths, dead = [], [], set()
     for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
         gradient, carried, found = torch.zeros_like(wide), torch.zeros_like(entered), False
-        for chunk, (own, along_path) in each(chunks, partial(Overwritten.gradients, act=act, value_of=objective)):
-            carried += chunk.weights.to(carried) @ along_path
+        for group, (own, along_path) in with_oom_halving(
+            node_groups, partial(HookedNodes.gradients, act=act, value_of=objective)
+        ):
+            carried += group.weights.to(carried) @ along_path
             if own is not None:
                 found = True
-                gradient += ops.riemann_accumulate(own, chunk.weights.to(act.device))[0]
+                gradient += ops.riemann_accumulate(own, group.weights.to(act.device))[0]
         score = (gradient + carried[:, None]) * (wide + entered[:, None])
         if released:
             score = score / sum(map(len, nodes))
@@ -70,15 +72,15 @@ def joint_search(
         if layer + 1 == len(acts):
             break
         if not greedy:
-            for chunk in chunks:
-                chunk.advance(act, None)
+            for group in node_groups:
+                group.advance(act, None)
             continue
         ones = torch.ones_like(act)
         entering = ones - ops.riemann_interpolate(ones, act.new_zeros(1), neurons=path[:, -1:] if released else path)[0]
         entered += (entering * wide).sum(1)
-        for chunk in chunks:
-            values = ops.riemann_interpolate(act, chunk.alphas.to(act.device), neurons=path)
-            chunk.replay.advance(values, entering.expand_as(values))
+        for group in node_groups:
+            values = ops.riemann_interpolate(act, group.alphas.to(act.device), neurons=path)
+            group.replay.advance(values, entering.expand_as(values))
     return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), dead
 
 

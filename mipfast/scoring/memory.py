@@ -49,7 +49,7 @@ def measured(captured: Capture, copies: int) -> Iterator[None]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
     total = sum(size for address, size in kept.items() if address not in weights)
-    if total:  # the clean run's node builds no graph of its own
+    if total:  # 0 at alpha = 1, which reuses the clean run's gradient and saves no tensors
         known[captured.stack.name] = total / (copies * _modelled(captured))
 
 

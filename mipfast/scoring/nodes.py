@@ -24,63 +24,66 @@ Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
 Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
 
 
-def make_chunks(
+def make_node_groups(
     captured: Capture,
     nodes: torch.Tensor,
     weights: torch.Tensor,
     steps: int,
-    pathless: bool,
+    independent: bool,
     measure: bool,
     value_of: Objective,
-) -> tuple[list[Chunk], Silent | None]:
-    """(the quadrature's nodes in chunks of at most `steps` copies, the node at zero that completeness needs, if it is
-    to be measured). pathless: no layer's neurons stay scaled when the next one is scored.
+) -> tuple[list[NodeGroup], ZeroNode | None]:
+    """(the quadrature's nodes in groups of at most `steps` copies, the node at zero that completeness needs, if it is
+    to be measured). independent: no layer's neurons stay scaled when the next one is scored.
 
     Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
     unit = nodes == 1
-    route, clean = plan(captured, clean_states=pathless or bool(unit.any()))
-    kind: Any = (partial(Pathless, clean) if pathless else Added) if clean else Overwritten
-    chunks: list[Chunk] = []
+    route, clean = plan(captured, clean_states=independent or bool(unit.any()))
+    kind: Any = (partial(IndependentNodes, clean) if independent else ResidualNodes) if clean else HookedNodes
+    node_groups: list[NodeGroup] = []
     scaled = torch.ones_like(nodes, dtype=torch.bool)
     if clean and bool(unit.any()):
         scaled = ~unit
         gradients, taps = Replay(route, 1).clean_gradients(value_of)
-        chunks.append(Clean(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps))
+        node_groups.append(
+            CleanNode(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps)
+        )
     for alphas, w in zip(nodes[scaled].split(steps), weights[scaled].split(steps), strict=True):
         if len(alphas):
-            chunks.append(kind(Replay(route, len(alphas)), alphas, w, measure))
+            node_groups.append(kind(Replay(route, len(alphas)), alphas, w, measure))
     zero = torch.zeros(1)
-    return chunks, Silent(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
+    return node_groups, ZeroNode(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
 
 
-def each(chunks: list[Chunk], work: Callable[[Any], Found]) -> Iterator[tuple[Any, Found]]:
-    """work(chunk) of every chunk. One that runs out of memory is replaced in the list by its halves, where it stands.
+def with_oom_halving(node_groups: list[NodeGroup], work: Callable[[Any], Found]) -> Iterator[tuple[Any, Found]]:
+    """work(group) of every group. One that runs out of memory is replaced in the list by its halves, where it stands.
     Raises torch.OutOfMemoryError where a single copy does."""
     i = 0
-    while i < len(chunks):
-        chunk = chunks[i]
+    while i < len(node_groups):
+        group = node_groups[i]
         try:
-            found = work(chunk)
+            found = work(group)
         except torch.OutOfMemoryError:
-            if chunk.replay.copies == 1:
+            if group.replay.copies == 1:
                 raise
         else:
-            yield chunk, found
+            yield group, found
             i += 1
             continue
-        chunks[i : i + 1] = chunk.halves()  # out here: the error's traceback holds what did not fit
-        log.warning("out of memory: going on with %d of %d copies", chunks[i].replay.copies, chunk.replay.copies)
+        # outside `except`: while the exception is alive, its traceback keeps the tensors in memory
+        node_groups[i : i + 1] = group.halves()
+        log.warning("out of memory: going on with %d of %d copies", node_groups[i].replay.copies, group.replay.copies)
 
 
-class Chunk:
+class NodeGroup:
     """Some nodes of the quadrature on their way through the layers; with carry also d state / d alpha."""
 
     def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
         device = replay.capture.rows.index.device  # once, not per layer: a copy to a GPU waits for it
         self.replay, self.alphas, self.weights, self.carry = replay, alphas.to(device), weights.to(device), carry
 
-    def halves(self) -> list[Chunk]:
-        """The same nodes in two chunks."""
+    def halves(self) -> list[NodeGroup]:
+        """The same nodes in two groups."""
         middle, parts = len(self.alphas) // 2, []
         for start, stop in ((0, middle), (middle, len(self.alphas))):
             part = copy(self)
@@ -117,7 +120,7 @@ class Chunk:
         return total
 
 
-class Overwritten(Chunk):
+class HookedNodes(NodeGroup):
     """The native way: the block runs with its FFN's inner activations overwritten, and is differentiated."""
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
@@ -144,7 +147,7 @@ class Overwritten(Chunk):
         self.replay.advance(values, tangent)
 
 
-class Added(Chunk):
+class ResidualNodes(NodeGroup):
     """Where blocks add their FFN's output: the block runs once, silent, and alpha W a is added to its output."""
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
@@ -169,7 +172,7 @@ class Added(Chunk):
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         weight = self._weight()
-        assert path is not None  # without one, a block is Pathless
+        assert path is not None  # without one, a block is IndependentNodes
         state = self.replay.add_rows(
             self._silent, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
         )
@@ -196,7 +199,7 @@ class Added(Chunk):
         return self.replay.capture.stack.outputs[len(self.replay.states)].weight
 
 
-class Pathless(Added):
+class IndependentNodes(ResidualNodes):
     """Where every layer is scored by itself: the states are the clean run's, and so is the silent block."""
 
     def __init__(self, clean: Replay, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
@@ -214,7 +217,7 @@ class Pathless(Added):
         return copied(of_layers[len(self.replay.states)], self.replay.copies)
 
 
-class Clean(Added):
+class CleanNode(ResidualNodes):
     """The node alpha = 1: states and gradients of every block come from one pass; only tangents are carried."""
 
     def __init__(
@@ -245,22 +248,22 @@ class Clean(Added):
         self.replay.push(self._silent, None if path is None else self._tangent(act, path))
 
 
-class Silent:
+class ZeroNode:
     """The node alpha = 0, where a layer's completeness begins: F with its neurons silent. No score waits for it, so
     it is computed when the path is known, several layers in one pass."""
 
-    def __init__(self, chunk: Chunk):
-        self._chunk = chunk
+    def __init__(self, group: NodeGroup):
+        self._group = group
         self._starts: list[torch.Tensor] = []
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
-        """Past the next block, as `Chunk.advance` does."""
-        self._starts.append(self._chunk.silent())
-        self._chunk.advance(act, path)
+        """Past the next block, as `NodeGroup.advance` does."""
+        self._starts.append(self._group.silent())
+        self._group.advance(act, path)
 
     def values(self, copies: int, value_of: Objective) -> torch.Tensor:
         """F [L,n] with each layer gone over silent, up to copies of them in one pass."""
-        replay, found = self._chunk.replay, []
+        replay, found = self._group.replay, []
         for first in range(0, len(self._starts), copies):
             starts = self._starts[first : first + copies]
             with torch.no_grad():

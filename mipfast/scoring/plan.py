@@ -39,7 +39,7 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
         clean = Replay(candidate, 1)
         try:
             with torch.no_grad():
-                exact = all(_adds(clean, layer) for layer in range(layers)) and _sees(clean)
+                exact = all(_block_is_additive(clean, layer) for layer in range(layers)) and _clean_logits_match(clean)
         except Exception as error:  # a family whose glue cannot run on a suffix says so in its own words
             log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
             exact = False
@@ -50,7 +50,7 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
     return capture, None
 
 
-def _adds(clean: Replay, layer: int) -> bool:
+def _block_is_additive(clean: Replay, layer: int) -> bool:
     """Whether the next block's silent output plus its neurons' contribution is its clean output; takes it as a
     state."""
     capture = clean.capture
@@ -69,7 +69,7 @@ def _adds(clean: Replay, layer: int) -> bool:
     return _close(clean.at_rows(clean.states[-1])[0], capture.outputs[layer])
 
 
-def _sees(clean: Replay) -> bool:
+def _clean_logits_match(clean: Replay) -> bool:
     """Whether the clean states give the clean logits. Asked once per model and tower: it is a matter of the code."""
     capture = clean.capture
     if capture.prefix is None or capture.entry is capture.decoder or capture.stack.name in _seen.get(capture.model, ()):

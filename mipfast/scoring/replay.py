@@ -80,7 +80,8 @@ class Replay:
                     waiting = [states[first + _j]] * (self.copies - 1 - _j)
                     return self._output(torch.cat([gone, starts[_j], *waiting]))
 
-                patches.enter_context(replaced_forward(block, leave))  # not a hook: transformers' own would come first
+                # not a hook: transformers' own output-recording hook would run first and see the unmodified output
+                patches.enter_context(replaced_forward(block, leave))
             return self.run()
 
     def clean_gradients(
@@ -98,7 +99,8 @@ class Replay:
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             (hidden, *rest), kwargs = _state_first(args, kwargs)
-            entered.append(hidden.view_as(hidden))  # a node of its own: its gradient is the next block's alone
+            # view_as makes a separate autograd node: its gradient is the part that flows through the next block
+            entered.append(hidden.view_as(hidden))
             return (entered[-1], *rest), kwargs
 
         first, *later = self.capture.stack.blocks
@@ -195,7 +197,8 @@ class Replay:
             self._reach(block)
         _, (hidden, *args), kwargs, came_from = self._call
         if came_from is not None and came_from is not self.states[-1]:
-            # the call was seen while the last block stood at another alpha; what lies between blocks only ever adds
+            # This call was recorded with the block before at another alpha. Code between two blocks only adds to the
+            # state, so add the difference.
             hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from)
         hidden = hidden.detach()
         with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
@@ -267,8 +270,8 @@ class Replay:
 
     def _output(self, state: torch.Tensor) -> Any:
         if any(name in self._kwargs for name in PICTURES):
-            state = state.clone()  # transformers 4 adds these to it in place
-        return state if self.capture.tail is None else (state, *self.capture.tail)
+            state = state.clone()  # transformers 4's deepstack adds to it in place, and would corrupt the kept state
+        return state if self.capture.extra_outputs is None else (state, *self.capture.extra_outputs)
 
     @contextmanager
     def _overwritten(self, layer: int, values: torch.Tensor) -> Iterator[None]:

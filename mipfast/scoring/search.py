@@ -21,7 +21,7 @@ from mipfast.files import versions
 from mipfast.model.accelerated import frozen_linears
 from mipfast.model.batch import Batch, Labels, find_labels
 from mipfast.model.fused_ffn import fused_ffns
-from mipfast.model.patching import held
+from mipfast.model.patching import frozen_eval
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.model.window_attention import grouped_windows
 from mipfast.scoring import memory
@@ -29,7 +29,7 @@ from mipfast.scoring.attribution import Attribution
 from mipfast.scoring.capture import Capture, capture, from_mean
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
-from mipfast.scoring.nodes import Chunk, Sums, each, make_chunks
+from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
 from mipfast.scoring.plan import plan
 from mipfast.scoring.quadrature import quadrature
 
@@ -72,7 +72,7 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    with held(model), frozen_linears(model), fused_ffns(sites.stacks), grouped_windows(model):
+    with frozen_eval(model), frozen_linears(model), fused_ffns(sites.stacks), grouped_windows(model):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))
@@ -211,20 +211,20 @@ def _search(
             joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
         return joint[0], joint[1], [None] * n, captured.labels.mask.sum(1).cpu(), joint[2]
 
-    pathless = config.search != "greedy"
-    chunks, silent = make_chunks(captured, nodes, weights, steps, pathless, measure, value_of)
+    independent = config.search != "greedy"
+    node_groups, silent = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
     full = value_of(captured.logits)
 
-    def scored(chunk: Chunk, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
-        with memory.measured(captured, chunk.replay.copies):
-            return chunk.score(act, groups, value_of)
+    def scored(group: NodeGroup, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
+        with memory.measured(captured, group.replay.copies):
+            return group.score(act, groups, value_of)
 
     scores, paths, totals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
         s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
-        for chunk, (part, along_path) in each(chunks, partial(scored, act=act)):
-            carried += chunk.weights.to(carried) @ along_path
+        for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
+            carried += group.weights.to(carried) @ along_path
             if part is not None:
                 found = True
                 for total, new in zip((s1, s2), part, strict=True):
@@ -241,12 +241,12 @@ def _search(
             path = torch.full_like(path, -1)
         scores.append(score.float())
         paths.append(path)
-        scaled = None if pathless else path[captured.rows.sample]
+        scaled = None if independent else path[captured.rows.sample]
         if silent:
             silent.advance(act, scaled)
         if layer + 1 < captured.stack.num_layers:
-            for chunk in chunks:
-                chunk.advance(act, scaled)
+            for group in node_groups:
+                group.advance(act, scaled)
     residuals: list[Any] = [None] * n
     if silent:
         change = full - silent.values(steps, value_of)
