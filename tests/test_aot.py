@@ -50,6 +50,9 @@ def environment(cache):
     return kept | {"TRITON_CACHE_DIR": str(cache)}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_arguments_of_one_compile(tmp_path):
     command = [sys.executable, "-c", ODD, ROOT / "bench"]

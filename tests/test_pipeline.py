@@ -215,6 +215,7 @@ def test_a_kill_in_each_stage(finished, mllmu, demo, tmp_path, monkeypatch):
     assert stopped == ["finetune", "locate", "unlearn", "eval/vanilla", "eval/unlearned"]
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_through_the_command_line(finished, mllmu, demo, tmp_path):
     """While the second set is located."""
     slow = """

@@ -183,6 +183,7 @@ def test_agrees_with_the_reference_in_float64():
     assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1]) and found[0].dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_compiles(monkeypatch):
     monkeypatch.undo()  # inductor allocates what autograd may not write into
     grad, weight, weights, act, groups = inputs((3, 6, 17, 63, 2), torch.float32)
