@@ -377,5 +377,5 @@ def test_command(tmp_path):
 
 
 def test_importing_loads_no_matplotlib():
-    code = "import sys, mipfast.comparison; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, mipfast.experiment.comparison; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
