@@ -13,17 +13,17 @@ import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mipfast.errors import BackendError
 
 logger = logging.getLogger("mipfast")
 
-
 NAMES = ("reference", "triton", "cpp", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 _requested: ContextVar[str | None] = ContextVar("mipfast_backend", default=None)
 
@@ -41,6 +41,28 @@ def load_extension():
     except ImportError as error:
         logger.warning("mipfast._C is missing (%s): CPU tensors take the reference backend", error)
         return None
+
+
+def call_extension(function: str, **arguments: Any) -> Any:
+    """Call a function of `mipfast._C`, which knows nothing of torch: a tensor is passed as its address, None as a null
+    pointer, a torch.dtype as the extension's own. Shapes and layouts are the caller's affair (csrc/<op>.h says which).
+    """
+    passed = arguments.copy()  # `arguments` keeps alive, until the call returns, what only it holds
+    for name, value in arguments.items():
+        if type(value) is int:  # most are, and each of the tests below takes its tenth of a microsecond
+            continue
+        if isinstance(value, Tensor):
+            passed[name] = value.data_ptr()
+        elif value is None:
+            passed[name] = 0
+        elif isinstance(value, torch.dtype):
+            passed[name] = _extension_dtype(value)
+    return getattr(load_extension(), function)(**passed)
+
+
+@functools.cache
+def _extension_dtype(dtype: torch.dtype) -> Any:
+    return getattr(load_extension().Dtype, str(dtype).removeprefix("torch."))
 
 
 @functools.cache
@@ -98,7 +120,7 @@ def backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def _refusal(name: str, tensor: torch.Tensor) -> str | None:
+def _refusal(name: str, tensor: Tensor) -> str | None:
     """Why a usable backend cannot take this tensor, or None."""
     if name == "reference":
         return None
@@ -111,7 +133,7 @@ def _refusal(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def choose(tensor: torch.Tensor) -> str:
+def choose(tensor: Tensor) -> str:
     """The backend for an op whose largest input is `tensor`: the one asked for, else the device's kernel,
     else reference. Raises BackendError where the one asked for cannot take the tensor."""
     name = _requested.get()

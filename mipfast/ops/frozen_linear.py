@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mipfast.ops.backends import choose, load_extension
+from mipfast.ops.backends import call_extension, choose, load_extension
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,30 +67,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = flat.contiguous()
     out = torch.empty(*x.shape[:-1], outer, dtype=x.dtype, device=x.device)
     if transposed:
-        load_extension().linear_input_gradient(
-            d_out=flat.data_ptr(),
-            d_out_stride=flat.stride(0),
-            weight=weight.data_ptr(),
-            weight_stride=weight.stride(1),
-            d_x=out.data_ptr(),
-            rows=rows,
-            inner=outer,
-            outer=inner,
-        )
+        call_extension(
+            "linear_input_gradient",
+            d_out=flat, d_out_stride=flat.stride(0), weight=weight, weight_stride=weight.stride(1), d_x=out,
+            rows=rows, inner=outer, outer=inner,
+        )  # fmt: skip
         return out if bias is None else out.add_(bias)
-    if bias is not None:
-        bias = bias.contiguous()
-    load_extension().linear(
-        x=flat.data_ptr(),
-        x_stride=flat.stride(0),
-        weight=weight.data_ptr(),
-        weight_stride=weight.stride(0),
-        bias=0 if bias is None else bias.data_ptr(),
-        out=out.data_ptr(),
-        rows=rows,
-        inner=inner,
-        outer=outer,
-    )
+    call_extension(
+        "linear",
+        x=flat, x_stride=flat.stride(0), weight=weight, weight_stride=weight.stride(0),
+        bias=None if bias is None else bias.contiguous(), out=out, rows=rows, inner=inner, outer=outer,
+    )  # fmt: skip
     return out
 
 
