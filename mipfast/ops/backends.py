@@ -100,13 +100,28 @@ def status() -> list[tuple[str, bool, str]]:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops called within by one backend: "reference", "triton", "cpp" or "cuda".
+    """Run the ops called within by one backend.
 
-    triton has a kernel for every op; an op that another backend has none for runs in plain torch.
-    Holds for the current thread (context); autograd's own threads for CUDA tensors keep the default.
+    By default CUDA tensors take triton, CPU tensors cpp, and whatever these cannot take the reference. triton has a
+    kernel for every op; an op that another backend has none for runs in plain torch. Holds for the current thread
+    (context); autograd's own threads for CUDA tensors keep the default.
 
-    Raises BackendError for an unknown name or a backend that is not usable here; the op itself raises it for
-    tensors the backend cannot take.
+    Args:
+        name: "reference", "triton", "cpp" or "cuda".
+
+    Returns:
+        A context manager.
+
+    Raises:
+        BackendError: on entering, for an unknown name or a backend that is not usable here; by an op within, for
+            tensors the backend cannot take.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import ops
+        >>> with ops.backend("reference"):
+        ...     ops.riemann_interpolate(torch.ones(1, 2), torch.tensor([0.5]))
+        tensor([[[0.5000, 0.5000]]])
     """
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(NAMES)}")

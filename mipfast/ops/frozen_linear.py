@@ -16,12 +16,28 @@ from mipfast.ops.backends import call_extension, choose, load_extension
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x [..., K], weight [N, K] of any strides, bias [N] -> [..., N]. Differentiable in x alone, in reverse
-    and in forward mode.
+    """torch.nn.functional.linear for weights that nobody trains.
 
     On a CPU with AVX-512 that is not Intel's, float32 products are csrc/linear.cpp's, which reads weights where they
     lie: torch gives them to MKL, which takes AVX2 there and first copies the weight into another order
-    (docs/kernels.md). There no row's result depends on the others, nor on the number of threads."""
+    (docs/kernels.md). There no row's result depends on the others, nor on the number of threads.
+
+    Args:
+        x: [..., K].
+        weight: [N, K] of any strides.
+        bias: [N], or None.
+
+    Returns:
+        [..., N]. Differentiable in x alone, in reverse and in forward mode.
+
+    Raises:
+        RuntimeError: torch's own, for what does not fit together.
+
+    Example:
+        >>> import torch
+        >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[3., 7.]])
+    """
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None:  # one product, not two of half the rows
         both = linear(torch.stack([primal, tangent]), weight)
