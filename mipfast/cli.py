@@ -389,10 +389,10 @@ def run(
 
 
 def _report(folders: list[Path], out: Path) -> None:
-    from mipfast.experiment import comparison, page
+    from mipfast.experiment import comparison, comparison_page, page
 
     compared = comparison.compare(folders)
-    found = comparison.parts(compared)
+    found = comparison_page.parts(compared)
     written = page.write(out, compared.title, found)
     console.print(page.terminal(found))
     console.print(f"Everything, in one file: [bold]{escape(str(written))}[/bold]")

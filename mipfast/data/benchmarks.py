@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mipfast.data.records import LETTERS, Picture, Record
+from mipfast.data.records import LETTERS, RECORD_MODALITIES, Picture, Record
 from mipfast.data.tables import Row, find_table, read_rows
 from mipfast.errors import InputError
 
@@ -26,7 +26,7 @@ CAPTION_QUESTIONS = (
 )
 CAPTION_CHOICE = "Which caption belongs to this picture?"
 NAME_QUESTION = "What is the name of the person in this picture?"
-MODALITIES = {"Image_Textual": "image", "Pure_Text": "text"}  # MLLMU-Bench's names
+MLLMU_MODALITIES = {"Image_Textual": "image", "Pure_Text": "text"}
 
 
 def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
@@ -73,7 +73,7 @@ def load_groups(
         found = load(where or source, table, seed)
         if known and all(record.modality == "image" for record in found):
             found += without_pictures(found, known)
-        for modality in ("text", "image"):
+        for modality in RECORD_MODALITIES:
             some = [record for record in found if record.modality == modality]
             drawn = random.Random(f"{seed} {group} {modality}").sample(
                 range(len(some)), min(limit or len(some), len(some))
@@ -140,7 +140,7 @@ def _mllmu_evaluation(row: Row, _: str, rng: random.Random) -> Iterator[Record]:
         return Record(f"{person}/{task}/{modality}/{number}", "", modality, task, image=image, **fields)
 
     choices = row.fields("Classification_Task", row.values["Classification_Task"])
-    for name, modality in MODALITIES.items():
+    for name, modality in MLLMU_MODALITIES.items():
         column = f"Classification_Task.{name}_Questions"
         for number, found in enumerate(row.items(column, choices.get(f"{name}_Questions") or [])):
             found = row.fields(column, found)
@@ -158,9 +158,9 @@ def _mllmu_evaluation(row: Row, _: str, rng: random.Random) -> Iterator[Record]:
         numbers: Counter[str] = Counter()
         for found in row.items(column, row.values[column]):
             found = row.fields(column, found)
-            if (kind := found.get("Type")) not in MODALITIES:
-                raise row.error(f"{column}.Type", repr(kind), f"one of {', '.join(MODALITIES)}")
-            modality = MODALITIES[kind]
+            if (kind := found.get("Type")) not in MLLMU_MODALITIES:
+                raise row.error(f"{column}.Type", repr(kind), f"one of {', '.join(MLLMU_MODALITIES)}")
+            modality = MLLMU_MODALITIES[kind]
             question = row.text(f"{column}.Question", found.get("Question"))
             answer = row.text(f"{column}.Ground_Truth", found.get("Ground_Truth"))
             yield record(task, modality, numbers[modality], question=question, answer=answer)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mipfast.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+RECORD_MODALITIES = ("text", "image")  # a config's modality is another: which stack is scored, text or vision
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture lies on its side
 
 

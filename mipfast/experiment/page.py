@@ -80,7 +80,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     name: str
     alt: str
     draw: Callable[[], Figure] = field(repr=False)
@@ -104,7 +104,7 @@ class Fold:
     parts: Sequence[Part]
 
 
-Part: TypeAlias = Heading | Grid | Picture | Bullets | Verbatim | Fold | str  # a str is a paragraph
+Part: TypeAlias = Heading | Grid | Plot | Bullets | Verbatim | Fold | str  # a str is a paragraph
 
 
 def plain(text: object) -> str:
@@ -151,7 +151,7 @@ def _markdown(part: Part) -> str:
             rule = "|".join("---" if is_words else "---:" for is_words in part.is_words)
             table = [f"| {' | '.join(map(_md, row))} |" for row in (heads, *rows)]
             return "\n".join([f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *_paragraph(note)])
-        case Picture(name, alt):
+        case Plot(name, alt):
             return f"![{_md(alt)}](pictures/{name})\n"
         case Bullets(items):
             return "".join(f"- {_md(item)}\n" for item in items)
@@ -204,7 +204,7 @@ def _html(part: Part, pictures: dict[str, bytes]) -> str:
                 lines.append(f"<tr{kind}>{_row(row, classes, 'row')}</tr>")
             shown = "\n".join([f"<h3>{escape(title)}</h3>", _wide(title, ["<table>", *lines, "</tbody></table>"])])
             return shown + (f'\n<p class="note">{escape(note)}</p>' if note else "")
-        case Picture(name, alt):
+        case Plot(name, alt):
             data = b64encode(pictures[name]).decode()
             return _wide(name, [f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'])
         case Bullets(items):
@@ -241,7 +241,7 @@ def write(folder: Path, title: str, parts: Sequence[Part], name: str = "report.m
     check_folder(folder)
     pictures = {}
     for part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, Plot):
             write_figure(folder / "pictures" / part.name, part.draw())
             pictures[part.name] = (folder / "pictures" / part.name).read_bytes()
     for file, text in (

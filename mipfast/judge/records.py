@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 CHUNK = 64  # records a file: enough to sort by length, few enough that a stop loses little
 CHOICE_TOKENS = 8  # only the first character counts; a model that forgot to stop would write on to the limit
-ROWS, NAME = "rows-*.jsonl", "MIPFAST"
+ROW_FILES = "rows-*.jsonl"
+PREFIX = "MIPFAST"  # of the files of Judgement.save
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Judgement:
         """group/id of every record with a log-likelihood that is nan or infinite."""
         return [f"{row['group']}/{row['id']}" for row in self.rows if None in _nlls(row)]
 
-    def save(self, folder: str | Path, name: str = NAME) -> None:
+    def save(self, folder: str | Path, name: str = PREFIX) -> None:
         """Write NAME_EVAL.json, {metric: {"agg_value": x, "value_by_index": {id: {metric: x}}}}, and NAME_SUMMARY.json,
         {metric: x}: open-unlearning's shape. What is not finite is null."""
         means = {cell: _finite(value) for cell, value in self.summary.items()}
@@ -90,7 +91,7 @@ def evaluate_records(
     out: str | Path | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 50,
-    name: str = NAME,
+    name: str = PREFIX,
     progress: bool = False,
 ) -> Judgement:
     """What the model writes under greedy decoding, and how likely it finds each record's answers.
@@ -132,7 +133,7 @@ def evaluate_records(
                 chunk = records[start : start + CHUNK]
                 if not out:
                     rows += runner.rows(chunk)
-                elif not (shard := out / ROWS.replace("*", f"{start:06d}")).exists():
+                elif not (shard := out / ROW_FILES.replace("*", f"{start:06d}")).exists():
                     _write_rows(shard, runner.rows(chunk))
                 bar.update(len(chunk))
     judged = read_records(out) if out else Judgement(rows, facts)
@@ -150,7 +151,7 @@ def read_records(folder: str | Path) -> Judgement:
     facts = read_run(folder)
     if facts is None or "records" not in facts:
         raise ArtefactError(f"{folder} has no run.json of evaluate_records; expected a folder it wrote")
-    rows = [row for path in sorted(folder.glob(ROWS)) for row in _read_rows(path)]
+    rows = [row for path in sorted(folder.glob(ROW_FILES)) for row in _read_rows(path)]
     if len(rows) != facts["records"]:
         raise ArtefactError(
             f"{folder} holds {len(rows)} of {facts['records']} records; run the same evaluation again to go on"
