@@ -30,12 +30,33 @@ MLLMU_MODALITIES = {"Image_Textual": "image", "Pure_Text": "text"}
 
 
 def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
-    """Every record of one table of MLLMU-Bench or CLEAR (docs/data.md says which table gives which).
+    """Every record of one table of MLLMU-Bench or CLEAR; docs/data.md says which table gives which.
 
-    source: a local folder that holds <group>/*.parquet, or the Hub id of one, which is then fetched. What is drawn
-    (a CLEAR row's captioning question and order of options, one of a Test_Set row's pictures) depends on seed, group
-    and row alone. Pictures stay encoded. Raises InputError with file, row and column for a table that cannot be used,
-    ArtefactError for a file that is no parquet."""
+    Args:
+        source: a local folder that holds <group>/*.parquet, or the Hub id of one, which is then fetched.
+        group: the table's folder, such as forget_5.
+        seed: of what is drawn: a CLEAR row's captioning question and order of options, one of a Test_Set row's
+            pictures. The draw depends on seed, group and row alone.
+
+    Returns:
+        Records in the table's order; pictures stay encoded until they are opened.
+
+    Raises:
+        InputError: with file, row and column for a table that cannot be used.
+        ArtefactError: for a file that is no parquet.
+
+    Example:
+        >>> import pyarrow, tempfile
+        >>> from pathlib import Path
+        >>> from pyarrow import parquet
+        >>> from mipfast.data import load
+        >>> table = Path(tempfile.mkdtemp()) / "real_world"  # a table of CLEAR
+        >>> table.mkdir()
+        >>> row = {"question": "Where is Rome?", "answer": "Italy", "options": ["Italy", "Spain"]}
+        >>> parquet.write_table(pyarrow.Table.from_pylist([row]), table / "0.parquet")
+        >>> [(record.id, record.task, record.target) for record in load(table.parent, "real_world")]
+        [('0/qa', 'generation', 'Italy'), ('0/choice', 'choice', 'A')]
+    """
     records: dict[str, Record] = {}
     rows: dict[str, str] = {}
     for number, row in enumerate(read_rows(find_table(source, group))):
@@ -59,11 +80,23 @@ def load_groups(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[Record]:
-    """Every record of several tables, in order. A group is a table of source, or SOURCE/TABLE for one of another.
+    """Every record of several tables, in order.
 
-    names: the MLLMU-Bench source whose Full_Set names the people; the questions of tables that ask about pictures alone
-    are then asked in text as well. limit: records of each group and modality, drawn with the seed. Raises what `load`
-    raises."""
+    Args:
+        source: what `load` takes.
+        groups: tables of source, or SOURCE/TABLE for one of another source.
+        names: the MLLMU-Bench source whose Full_Set names the people; the questions of tables that ask about pictures
+            alone are then asked in text as well.
+        limit: the most records of each group and modality, drawn with the seed.
+        seed: as of `load`.
+
+    Raises:
+        InputError, ArtefactError: as `load` does, and for a limit below 1.
+
+    Example:
+        >>> from mipfast.data import load_groups
+        >>> load_groups("data/mllmu", ["forget_5", "retain_95"], names="data/mllmu", limit=100)  # doctest: +SKIP
+    """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}; expected at least 1")
     known = person_names(names) if names else {}
@@ -83,7 +116,30 @@ def load_groups(
 
 
 def person_names(source: str | Path, group: str = "Full_Set") -> dict[str, str]:
-    """{ID: name} from the biographies of an MLLMU-Bench table."""
+    """The people's names by their IDs, from the biographies of an MLLMU-Bench table.
+
+    Args:
+        source: what `load` takes.
+        group: the table.
+
+    Returns:
+        {ID: name}.
+
+    Raises:
+        InputError: for a row without ID, or whose biography is no JSON with a "Name".
+
+    Example:
+        >>> import json, pyarrow, tempfile
+        >>> from pathlib import Path
+        >>> from pyarrow import parquet
+        >>> from mipfast.data import person_names
+        >>> table = Path(tempfile.mkdtemp()) / "Full_Set"
+        >>> table.mkdir()
+        >>> row = {"ID": "7", "biography": json.dumps({"Name": "Ada"})}
+        >>> parquet.write_table(pyarrow.Table.from_pylist([row]), table / "0.parquet")
+        >>> person_names(table.parent)
+        {'7': 'Ada'}
+    """
     names = {}
     for row in read_rows(find_table(source, group)):
         names[row.text("ID")] = row.text("biography", row.json("biography", dict).get("Name"))
@@ -91,9 +147,26 @@ def person_names(source: str | Path, group: str = "Full_Set") -> dict[str, str]:
 
 
 def without_pictures(records: Sequence[Record], names: Mapping[str, str]) -> list[Record]:
-    """Picture questions asked in text: "this person" becomes the name of the person whose ID the record's id begins
-    with. The questions that do not say "this person" are left out: without the picture nobody could answer them.
-    Raises InputError for a person without a name."""
+    """Picture questions asked in text: "this person" becomes the person's name.
+
+    Questions that do not say "this person" are left out: without the picture nobody could answer them.
+
+    Args:
+        records: whose ids begin with the ID of the person, up to the first "/".
+        names: {ID: name}, as `person_names` gives it.
+
+    Returns:
+        Text records; "/text" is added to their ids.
+
+    Raises:
+        InputError: for a person without a name.
+
+    Example:
+        >>> from mipfast.data import Record, without_pictures
+        >>> asked = Record("7/qa/0", "forget_5", "image", "generation", "Where was this person born?", "Rome", image="x")
+        >>> [record.question for record in without_pictures([asked], {"7": "Ada"})]
+        ['Where was Ada born?']
+    """
     texts = []
     for record in records:
         person = record.id.split("/")[0]
@@ -107,12 +180,13 @@ def without_pictures(records: Sequence[Record], names: Mapping[str, str]) -> lis
 
 
 class Schema(NamedTuple):
-    """marks: columns any of which give the schema away. needed: columns without which it cannot be read, | between
-    alternatives."""
+    """How the rows of one kind of table become records."""
 
     name: str
     marks: set[str]
+    """Columns any of which identify the schema."""
     needed: tuple[str, ...]
+    """Columns without which it cannot be read, | between alternatives."""
     records: Callable[[Row, str, random.Random], Iterator[Record]]
 
 
@@ -191,19 +265,17 @@ def _clear_captions(row: Row, number: str, rng: random.Random) -> Iterator[Recor
     if row.values["image"] is None:
         yield Record(f"{number}/qa", "", "text", "generation", row.text("question"), row.text("answer"))
         return
-    picture = row.picture("image", row.values["image"])
-    caption = row.text("caption")
-    asked = Record(
-        f"{number}/caption", "", "image", "generation", rng.choice(CAPTION_QUESTIONS), caption, image=picture
-    )
+    picture, caption = row.picture("image", row.values["image"]), row.text("caption")
+    question = rng.choice(CAPTION_QUESTIONS)
+    asked = Record(f"{number}/caption", "", "image", "generation", question, caption, image=picture)
     if "perturbed_captions" not in row.values:
         yield asked
         return
-    wrong = row.texts("perturbed_captions")
-    yield replace(asked, paraphrase=row.text("paraphrased_caption"), perturbed=wrong)
-    yield _choice(row, "perturbed_captions", f"{number}/choice", CAPTION_CHOICE, caption, wrong, picture, rng)
-    wrong = row.texts("perturbed_names")
-    yield replace(asked, id=f"{number}/name", question=NAME_QUESTION, answer=row.text("name"), perturbed=wrong)
+    asked = replace(asked, perturbed=row.texts("perturbed_captions"))
+    yield replace(asked, paraphrase=row.text("paraphrased_caption"))
+    yield _choice(row, "perturbed_captions", replace(asked, question=CAPTION_CHOICE), rng)
+    wrong, name = row.texts("perturbed_names"), row.text("name")
+    yield replace(asked, id=f"{number}/name", question=NAME_QUESTION, answer=name, perturbed=wrong)
 
 
 def _clear_options(row: Row, number: str, rng: random.Random) -> Iterator[Record]:
@@ -214,27 +286,17 @@ def _clear_options(row: Row, number: str, rng: random.Random) -> Iterator[Record
     modality: Any = "image" if picture else "text"
     asked = Record(f"{number}/qa", "", modality, "generation", question, answer, image=picture, perturbed=wrong)
     yield asked
-    yield _choice(row, "options", f"{number}/choice", question, answer, wrong, picture, rng)
+    yield _choice(row, "options", asked, rng)
 
 
-def _choice(
-    row: Row,
-    column: str,
-    number: str,
-    question: str,
-    answer: str,
-    wrong: Sequence[str],
-    picture: Picture | None,
-    rng: random.Random,
-) -> Record:
-    """The answer among distinct wrong ones, at a place that is drawn."""
-    options = list(dict.fromkeys([answer, *wrong]))
+def _choice(row: Row, column: str, asked: Record, rng: random.Random) -> Record:
+    """The same question as a choice: the answer among its distinct wrong ones, at a place that is drawn."""
+    options = list(dict.fromkeys([asked.answer, *asked.perturbed]))
     if not 2 <= len(options) <= len(LETTERS):
         raise row.error(column, f"{len(options) - 1} wrong options", f"1 to {len(LETTERS) - 1}")
     rng.shuffle(options)
-    letter = LETTERS[options.index(answer)]
-    modality: Any = "image" if picture else "text"
-    return Record(number, "", modality, "choice", question, answer, tuple(options), picture, letter=letter)
+    number, letter = asked.id.split("/")[0], LETTERS[options.index(asked.answer)]
+    return replace(asked, id=f"{number}/choice", task="choice", options=tuple(options), letter=letter, perturbed=())
 
 
 SCHEMAS = (

@@ -188,6 +188,7 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     Example:
         >>> import json, tempfile
         >>> from pathlib import Path
+        >>> from mipfast.experiment.comparison import compare
         >>> folder = Path(tempfile.mkdtemp())
         >>> models = {model: {"forget_5/text/cloze/accuracy": mean} for model, mean in (("vanilla", 0.8), ("mip", 0.2))}
         >>> summary = {"models": models, "roles": {"forget": ["forget_5"]}}
