@@ -163,9 +163,9 @@ def without_pictures(records: Sequence[Record], names: Mapping[str, str]) -> lis
 
     Example:
         >>> from mipfast.data import Record, without_pictures
-        >>> asked = Record("7/qa/0", "forget_5", "image", "generation", "Where was this person born?", "Rome", image="x")
+        >>> asked = Record("7/qa/0", "forget_5", "image", "generation", "Is this person old?", "Yes", image="x")
         >>> [record.question for record in without_pictures([asked], {"7": "Ada"})]
-        ['Where was Ada born?']
+        ['Is Ada old?']
     """
     texts = []
     for record in records:

@@ -57,7 +57,7 @@ def check_device(device: str | None) -> None:
 
 
 def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
-    """Write a plain transformers folder: the model's weights and config beside the tokenizer's and the processor's files.
+    """Write a plain transformers folder: weights and config, the tokenizer's and the processor's files.
 
     Args:
         model: a transformers model.
