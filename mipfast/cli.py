@@ -215,7 +215,7 @@ def locate(
     ).resolved()
     _quiet_transformers()
     encoder = Encoder.from_pretrained(model)
-    scored: locate_file.Data = data
+    scored: locate_file.Samples = data
     if group:
         scored = [r for r in load_groups(data, group) if (r.image is not None) == (modality == "vision")]
     if dry_run:

@@ -1,5 +1,5 @@
-"""Does the model still know the answer? Greedy accuracy of batches; of a benchmark's records what the model writes and
-how likely it finds their answers, with every metric, on disk chunk by chunk."""
+"""Does the model still know the answer? What it writes for a benchmark's records and how likely it finds their answers,
+with every metric, on disk chunk by chunk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from mipfast.model.patching import frozen_eval, unwrapped
 log = logging.getLogger("mipfast")
 T = TypeVar("T")
 
-
 CHUNK = 64  # records a file: enough to sort by length, few enough that a stop loses little
 CHOICE_TOKENS = 8  # only the first character counts; a model that forgot to stop would write on to the limit
 ROW_FILES = "rows-*.jsonl"
@@ -42,22 +41,32 @@ PREFIX = "MIPFAST"  # of the files of Judgement.save
 class Judgement:
     """What a model made of a set of records.
 
-    rows: one per record, in their order, as its JSON has it: id, group, modality, task, prompt, target, answer; text:
-    what the model wrote; nll: of the target, mean per token; nll_options, nll_paraphrase (none or one), nll_perturbed:
-    lists of the same. null stands for a log-likelihood that is nan or infinite. facts: config, versions."""
+    Example:
+        >>> import math
+        >>> from mipfast.evaluation import Judgement
+        >>> row = {"id": "7", "group": "forget_5", "modality": "text", "task": "cloze", "answer": "Oslo"}
+        >>> row |= {"text": "in Oslo", "nll": math.log(2), "nll_options": [], "nll_paraphrase": [], "nll_perturbed": []}
+        >>> judged = Judgement([row], facts={})
+        >>> judged.summary["forget_5/text/cloze/accuracy"], judged.scores["forget_5/text/cloze/probability"]
+        (1.0, {'7': 0.5})
+    """
 
     rows: list[dict[str, Any]]
+    """One per record, in their order, as its JSON has it: id, group, modality, task, prompt, target, answer; text: what
+    the model wrote; nll: of the target, mean per token; nll_options, nll_paraphrase (none or one), nll_perturbed: lists
+    of the same. null stands for a log-likelihood that is nan or infinite."""
     facts: dict[str, Any]
+    """Config, number of records, versions."""
 
     @cached_property
     def scores(self) -> dict[str, dict[str, float]]:
         """{"group/modality/task/metric": {id: value}}; docs/metrics.md has the metrics."""
-        found: dict[str, dict[str, float]] = {}
+        scores: dict[str, dict[str, float]] = {}
         for row in self.rows:
             for metric, value in _scores(row).items():
                 cell = "/".join([row["group"], row["modality"], row["task"], metric])
-                found.setdefault(cell, {})[row["id"]] = float(value)
-        return found
+                scores.setdefault(cell, {})[row["id"]] = float(value)
+        return scores
 
     @property
     def summary(self) -> dict[str, float]:
@@ -71,7 +80,12 @@ class Judgement:
 
     def save(self, folder: str | Path, name: str = PREFIX) -> None:
         """Write NAME_EVAL.json, {metric: {"agg_value": x, "value_by_index": {id: {metric: x}}}}, and NAME_SUMMARY.json,
-        {metric: x}: open-unlearning's shape. What is not finite is null."""
+        {metric: x}: open-unlearning's shape. What is not finite is null.
+
+        Args:
+            folder: where to write.
+            name: the NAME of the files.
+        """
         means = {cell: _finite(value) for cell, value in self.summary.items()}
         every = {
             cell: {
@@ -96,16 +110,46 @@ def evaluate_records(
 ) -> Judgement:
     """What the model writes under greedy decoding, and how likely it finds each record's answers.
 
-    encoder: batch(records), what model(**batch) takes, padded on the right, the targets labelled; prompts(records),
-    what model.generate takes, padded on the left; tokenizer; fingerprint(). Of the model's generation config only the
-    end tokens count, and nothing is drawn at random. batch_size is a memory knob, halved where memory runs out: results
-    do not depend on it but for rounding, which in 16 bits may decide between two equally likely tokens. A choice gets
-    CHOICE_TOKENS at most.
+    Of the model's generation config only the end tokens count, and nothing is drawn at random.
 
-    With out, rows-*.jsonl are written there chunk by chunk, a stopped run goes on from them, and at the end come the
-    files of `Judgement.save`. run.json tells whose folder it is: config, records, hash of all weights, and the first
-    record's NLL, which sees hooks and switched-off adapters. Raises ArtefactError where it is another's, InputError for
-    records that cannot be judged, ModelError for a model that cannot write, MipfastError without a metric's library."""
+    Args:
+        model: a transformers model that can generate.
+        encoder: a `mipfast.samples.Encoder`, or what has its batch(records), prompts(records), tokenizer and
+            fingerprint().
+        records: with ids that are unique within their groups.
+        out: a folder: rows-*.jsonl are written there chunk by chunk, a stopped run goes on from them, and at the end
+            come the files of `Judgement.save`. run.json tells whose folder it is: config, records, hash of all weights,
+            and the first record's NLL, which sees hooks and switched-off adapters.
+        batch_size: a memory knob, halved where memory runs out: results do not depend on it but for rounding, which in
+            16 bits may decide between two equally likely tokens.
+        max_new_tokens: the most that the model writes for a record, CHOICE_TOKENS = 8 for a choice.
+        name: the NAME of the files of `Judgement.save`.
+        progress: show a bar.
+
+    Returns:
+        What the model wrote for every record, its likelihoods and scores.
+
+    Raises:
+        ArtefactError: where out is another run's.
+        InputError: for records that cannot be judged.
+        ModelError: for a model that cannot write.
+        MipfastError: without a metric's library.
+
+    Example:
+        >>> import mipfast, tempfile
+        >>> from pathlib import Path
+        >>> from mipfast.data import Record
+        >>> from mipfast.evaluation import evaluate_records, read_records
+        >>> from mipfast.samples import Encoder, load_model
+        >>> demo = Path(mipfast.__file__).parent / "demo" / "weights" / "base"
+        >>> record = Record("7", "pets", "text", "cloze", "Name the pet __", "dog")
+        >>> folder = tempfile.mkdtemp()
+        >>> judged = evaluate_records(load_model(demo), Encoder.from_pretrained(demo), [record], folder)
+        >>> sorted(judged.summary)
+        ['pets/text/cloze/accuracy', 'pets/text/cloze/exact_match', 'pets/text/cloze/probability']
+        >>> read_records(folder).rows == judged.rows
+        True
+    """
     records = list(records)
     _check(records, batch_size, max_new_tokens)
     runner = _Runner(model, encoder, batch_size, max_new_tokens)
@@ -146,7 +190,14 @@ def evaluate_records(
 
 
 def read_records(folder: str | Path) -> Judgement:
-    """The Judgement of a finished run. Raises ArtefactError for an unfinished or damaged folder."""
+    """The Judgement of a finished run, without a model.
+
+    Args:
+        folder: the out of `evaluate_records`.
+
+    Raises:
+        ArtefactError: for an unfinished or damaged folder.
+    """
     folder = Path(folder)
     facts = read_run(folder)
     if facts is None or "records" not in facts:
@@ -160,7 +211,7 @@ def read_records(folder: str | Path) -> Judgement:
 
 
 class _Runner:
-    """A model that is asked in batches of a size that memory allows."""
+    """A model, asked in batches of a size that memory allows."""
 
     def __init__(self, model: Any, encoder: Any, batch_size: int, max_new_tokens: int):
         self.model, self.encoder, self.size, self.max_new_tokens = model, encoder, batch_size, max_new_tokens
@@ -175,6 +226,7 @@ class _Runner:
         return value if value is None else round(value, 2)
 
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """As `Judgement.rows`."""
         answers = [_answers(record) for record in records]
         nlls = iter(self._each([answer for some in answers for answer in some], self._nll))
         with self._greedy():
@@ -209,11 +261,11 @@ class _Runner:
             todo = list(same)
             while todo:
                 some = todo[: self.size]
-                if (found := self._asked([records[i] for i in some], ask)) is None:
+                if (said := self._asked([records[i] for i in some], ask)) is None:
                     self.size = (len(some) + 1) // 2
                     log.warning("out of memory: going on with batches of %d", self.size)
                     continue
-                answers |= zip(some, found, strict=True)
+                answers |= zip(some, said, strict=True)
                 todo = todo[len(some) :]
         return [answers[i] for i in range(len(records))]
 
@@ -241,10 +293,10 @@ class _Runner:
         total = scored.logsumexp(-1)
         target, mask = labels.target.to(logits.device), labels.mask.to(logits.device)
         losses = (total - scored.gather(-1, target[..., None])[..., 0]).where(mask, 0)
-        found = (losses.sum(1) / mask.sum(1))[:, None]
+        nlls = (losses.sum(1) / mask.sum(1))[:, None]
         if records[0].task == "choice":
-            found = torch.cat([found, total[:, :1] - scored[:, 0, self._letters(records)]], 1)
-        return [row[: 1 + len(record.options)] for row, record in zip(found.tolist(), records, strict=True)]
+            nlls = torch.cat([nlls, total[:, :1] - scored[:, 0, self._letters(records)]], 1)
+        return [row[: 1 + len(record.options)] for row, record in zip(nlls.tolist(), records, strict=True)]
 
     def _letters(self, records: list[Record]) -> torch.Tensor:
         """The first token of each letter that an option has; without a picture, which is slow to encode."""
