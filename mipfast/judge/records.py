@@ -32,6 +32,7 @@ log = logging.getLogger("mipfast")
 T = TypeVar("T")
 
 CHUNK = 64  # records a file: enough to sort by length, few enough that a stop loses little
+COPIED = ("id", "group", "modality", "task", "prompt", "target", "answer")  # from a record into its row
 CHOICE_TOKENS = 8  # only the first character counts; a model that forgot to stop would write on to the limit
 ROW_FILES = "rows-*.jsonl"
 PREFIX = "MIPFAST"  # of the files of Judgement.save
@@ -236,8 +237,7 @@ class _Runner:
             (nll, *options), *others = [[_finite(value) for value in next(nlls)] for _ in some]
             paraphrases = len(others) - len(record.perturbed) if others else 0
             rows.append(
-                {name: getattr(record, name) for name in ("id", "group", "modality", "task")}
-                | {name: getattr(record, name) for name in ("prompt", "target", "answer")}
+                {name: getattr(record, name) for name in COPIED}
                 | {
                     "text": text,
                     "nll": nll,
@@ -270,7 +270,7 @@ class _Runner:
         return [answers[i] for i in range(len(records))]
 
     def _asked(self, records: list[Record], ask: Callable[[list[Record]], list[T]]) -> list[T] | None:
-        """None where memory ran out."""
+        """None where memory ran out: asking again inside `except` would keep the failed tensors alive."""
         try:
             return ask(records)
         except torch.OutOfMemoryError as error:
