@@ -67,8 +67,8 @@ def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
                 raise row.error("ID", f"{person}, which {rows[record.id]} has too", "every person once")
             records[record.id] = replace(record, group=group)
             rows[record.id] = f"row {row.number} of {row.file.name}"
-    found = Counter(f"{record.modality} {record.task}" for record in records.values())
-    log.info("%s of %s: %s", group, source, ", ".join(f"{n} {kind}" for kind, n in found.items()))
+    kinds = Counter(f"{record.modality} {record.task}" for record in records.values())
+    log.info("%s of %s: %s", group, source, ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     return list(records.values())
 
 
@@ -103,14 +103,13 @@ def load_groups(
     records: list[Record] = []
     for group in groups:
         where, _, table = str(group).rpartition("/")
-        found = load(where or source, table, seed)
-        if known and all(record.modality == "image" for record in found):
-            found += without_pictures(found, known)
+        loaded = load(where or source, table, seed)
+        if known and all(record.modality == "image" for record in loaded):
+            loaded += without_pictures(loaded, known)
         for modality in RECORD_MODALITIES:
-            some = [record for record in found if record.modality == modality]
-            drawn = random.Random(f"{seed} {group} {modality}").sample(
-                range(len(some)), min(limit or len(some), len(some))
-            )
+            some = [record for record in loaded if record.modality == modality]
+            count = min(limit or len(some), len(some))
+            drawn = random.Random(f"{seed} {group} {modality}").sample(range(len(some)), count)
             records += [some[i] for i in sorted(drawn)]
     return records
 
@@ -216,27 +215,27 @@ def _mllmu_evaluation(row: Row, _: str, rng: random.Random) -> Iterator[Record]:
     choices = row.fields("Classification_Task", row.values["Classification_Task"])
     for name, modality in MLLMU_MODALITIES.items():
         column = f"Classification_Task.{name}_Questions"
-        for number, found in enumerate(row.items(column, choices.get(f"{name}_Questions") or [])):
-            found = row.fields(column, found)
-            shown = row.fields(f"{column}.Options", found.get("Options"))
+        for number, item in enumerate(row.items(column, choices.get(f"{name}_Questions") or [])):
+            item = row.fields(column, item)
+            shown = row.fields(f"{column}.Options", item.get("Options"))
             letters = sorted(letter for letter, option in shown.items() if option is not None)
             options = tuple(row.text(f"{column}.Options.{letter}", shown[letter]) for letter in letters)
             if len(options) < 2 or letters != list(LETTERS[: len(letters)]):
                 raise row.error(f"{column}.Options", f"options {', '.join(letters) or 'none'}", "A, B, C and D")
-            letter = found.get("Correct_Answer")
+            letter = item.get("Correct_Answer")
             if letter not in letters:
                 raise row.error(f"{column}.Correct_Answer", repr(letter), f"one of {', '.join(letters)}")
-            question, answer = row.text(f"{column}.Question", found.get("Question")), shown[letter]
+            question, answer = row.text(f"{column}.Question", item.get("Question")), shown[letter]
             yield record("choice", modality, number, question=question, answer=answer, options=options, letter=letter)
     for task, column in (("generation", "Generation_Task"), ("cloze", "Mask_Task")):
         numbers: Counter[str] = Counter()
-        for found in row.items(column, row.values[column]):
-            found = row.fields(column, found)
-            if (kind := found.get("Type")) not in MLLMU_MODALITIES:
+        for item in row.items(column, row.values[column]):
+            item = row.fields(column, item)
+            if (kind := item.get("Type")) not in MLLMU_MODALITIES:
                 raise row.error(f"{column}.Type", repr(kind), f"one of {', '.join(MLLMU_MODALITIES)}")
             modality = MLLMU_MODALITIES[kind]
-            question = row.text(f"{column}.Question", found.get("Question"))
-            answer = row.text(f"{column}.Ground_Truth", found.get("Ground_Truth"))
+            question = row.text(f"{column}.Question", item.get("Question"))
+            answer = row.text(f"{column}.Ground_Truth", item.get("Ground_Truth"))
             yield record(task, modality, numbers[modality], question=question, answer=answer)
             numbers[modality] += 1
 

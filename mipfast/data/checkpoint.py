@@ -12,7 +12,7 @@ from torch import nn
 from mipfast.errors import InputError, ModelError
 from mipfast.model.families import auto_class
 
-# what a tokenizer, a processor and a chat template are read from
+# files that a tokenizer, a processor or a chat template is read from
 COMPANIONS = """tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json chat_template*
 *processor_config.json *.model""".split()
 

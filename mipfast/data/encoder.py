@@ -75,23 +75,16 @@ class Encoder:
         """The encoder of a local folder or Hub id. Raises ModelError where it has no config or tokenizer."""
         from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
-        config = _loaded(AutoConfig, folder)
-        tokenizer = _loaded(AutoTokenizer, folder)
-        if not hasattr(config, "vision_config"):
-            return cls(tokenizer, None, config)
-        try:
-            images = _loaded(AutoImageProcessor, folder)
-        except (ModelError, ImportError) as error:  # text alone needs neither
-            log.info("no pictures can be read: %s", _first_sentence(error))
-            return cls(tokenizer, None, config)
-        try:
-            processor = _loaded(AutoProcessor, folder)
-        except (ModelError, ImportError) as error:
-            log.info("no processor, so pictures go by the image processor: %s", _first_sentence(error))
-            return cls(tokenizer, images, config)
-        if not isinstance(processor, ProcessorMixin):  # of a folder without one's files it is the tokenizer
-            return cls(tokenizer, images, config)
-        return cls(processor.tokenizer, processor.image_processor, config, processor)
+        config, tokenizer = _loaded(AutoConfig, folder), _loaded(AutoTokenizer, folder)
+        images = processor = None
+        if hasattr(config, "vision_config"):
+            images = _loaded_if_there(AutoImageProcessor, folder, "no pictures can be read")
+        if images:
+            missing = "no processor, so pictures go by the image processor"
+            processor = _loaded_if_there(AutoProcessor, folder, missing)
+        if isinstance(processor, ProcessorMixin):  # of a folder without its files it is the tokenizer
+            return cls(processor.tokenizer, processor.image_processor, config, processor)
+        return cls(tokenizer, images, config)
 
     def fingerprint(self) -> str:
         """A hash of what turns records into inputs."""
@@ -290,6 +283,15 @@ class Encoder:
                     where = row.image.where if row.image else row.id
                     raise InputError(f"{where} changed since the run began; start again into another folder")
         return {name: pixels[name] for name in self.image_processor.model_input_names if name in pixels}
+
+
+def _loaded_if_there(auto: Any, folder: str | Path, missing: str) -> Any:
+    """None where there is none: text alone needs none."""
+    try:
+        return _loaded(auto, folder)
+    except (ModelError, ImportError) as error:
+        log.info("%s: %s", missing, _first_sentence(error))
+        return None
 
 
 def in_batches(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:

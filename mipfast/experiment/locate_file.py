@@ -126,7 +126,7 @@ def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iter
     seconds = {device.name: 0.0 for device in devices}
     flops, memory = 0.0, 0.0
     batches = sum(surveyed.chunks, Counter[Size]())
-    # of residuals "first": each chunk's first batch has them, so of every batch's cost its share
+    # residuals="first" measures each chunk's first batch alone: every batch is counted with that share of the cost
     share = len(surveyed.chunks) / batches.total() if config.residuals == "first" else 1.0
 
     def summed(phases: dict[str, float]) -> float:

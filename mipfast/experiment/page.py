@@ -119,13 +119,13 @@ def line(text: object) -> str:
 
 def terminal(parts: Iterable[Part]) -> Group:
     """The tables and lists that are not folded away, in the console's width."""
-    found: list[Table | Text] = []
+    shown: list[Table | Text] = []
     for part in parts:
         if isinstance(part, Grid):
-            found.append(_table(part))
+            shown.append(_table(part))
         elif isinstance(part, Bullets):
-            found += [Text(f"- {item}") for item in part.items]
-    return Group(*found)
+            shown += [Text(f"- {item}") for item in part.items]
+    return Group(*shown)
 
 
 def _table(grid: Grid) -> Table:
@@ -150,7 +150,9 @@ def _markdown(part: Part) -> str:
         case Grid(title, heads, rows, note=note):
             rule = "|".join("---" if is_words else "---:" for is_words in part.is_words)
             table = [f"| {' | '.join(map(_md, row))} |" for row in (heads, *rows)]
-            return "\n".join([f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *_paragraph(note)])
+            return "\n".join(
+                [f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *([_md(note), ""] if note else [])]
+            )
         case Plot(name, alt):
             return f"![{_md(alt)}](pictures/{name})\n"
         case Bullets(items):
@@ -161,10 +163,6 @@ def _markdown(part: Part) -> str:
             return f"<details><summary>{escape(summary)}</summary>\n\n{markdown(parts)}\n</details>\n"
         case str(text):
             return f"{_md(text)}\n"
-
-
-def _paragraph(note: str) -> list[str]:
-    return [_md(note), ""] if note else []
 
 
 def _md(text: str) -> str:
@@ -225,13 +223,13 @@ def _wide(label: str, lines: Sequence[str]) -> str:
 
 def _row(cells: Sequence[str], classes: Sequence[str], scope: str) -> str:
     """A head row where scope is col; of others, the first cell is a head."""
-    found = []
+    tags = []
     for i, (cell, its_class) in enumerate(zip(cells, classes, strict=True)):
         tag, its_scope = ("th", f' scope="{scope}"') if i == 0 or scope == "col" else ("td", "")
         first, *small = map(escape, cell.split("\n"))
         rest = "".join(f"<br><small>{text}</small>" for text in small)
-        found.append(f"<{tag}{its_scope}{its_class}>{first}{rest}</{tag}>")
-    return "".join(found)
+        tags.append(f"<{tag}{its_scope}{its_class}>{first}{rest}</{tag}>")
+    return "".join(tags)
 
 
 def write(folder: Path, title: str, parts: Sequence[Part], name: str = "report.md") -> Path:

@@ -242,7 +242,7 @@ def _token_ids(tokens: Any) -> torch.Tensor:
     try:
         ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0, 0)  # of no shape that passes
+        ids = torch.empty(0, 0)  # refused below, with the tokens in the message
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or (len(ids) and ids.dtype not in (torch.int64, torch.int32)):
         shown = f"a {ids.dtype} tensor {list(ids.shape)}" if isinstance(tokens, torch.Tensor) else repr(tokens)

@@ -141,7 +141,7 @@ def normalised_probability(true: float, wrong: Sequence[float]) -> float:
         >>> round(metrics.normalised_probability(0.7, [0.7, 0.7, 0.7]), 6)
         0.25
     """
-    with np.errstate(invalid="ignore"):  # nan is the right word
+    with np.errstate(invalid="ignore"):  # nan is a fair answer
         return float(np.exp(-true - np.logaddexp.reduce([-true, *(-w for w in wrong)])))
 
 
@@ -163,7 +163,7 @@ def truth_ratio(true: float, wrong: Sequence[float]) -> float:
     """
     if not len(wrong):
         raise InputError("a truth ratio needs at least one wrong answer; found none")
-    with np.errstate(over="ignore", invalid="ignore"):  # inf and nan are the right words
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and nan are fair answers
         return float(np.exp(np.logaddexp.reduce(-np.asarray(wrong)) - math.log(len(wrong)) + true))
 
 

@@ -288,7 +288,7 @@ class _Runner:
         kept = length - int(labels.index[labels.mask].min())
         only = {"logits_to_keep": kept} if "logits_to_keep" in self.accepts else {}
         logits = self.model(**without_labels(batch), use_cache=False, **only).logits[:, -kept:]
-        rows = (labels.index - length + kept).clamp_min(0)  # padding points anywhere
+        rows = (labels.index - length + kept).clamp_min(0)  # padding's may be negative
         scored = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device)).float()
         total = scored.logsumexp(-1)
         target, mask = labels.target.to(logits.device), labels.mask.to(logits.device)
@@ -427,7 +427,7 @@ def _weights(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # offloaded: the probe sees it
+        if not tensor.is_meta:  # offloaded weights have no bytes here; the probe's NLL depends on them
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
