@@ -1,6 +1,7 @@
 """The parts of a report, and their three forms: a terminal's, Markdown, and one HTML file that loads nothing.
 
-Whatever text the parts hold, a model's included, stays text."""
+A report is a list of parts, such as comparison_page.py makes. Whatever text they hold, a model's included, stays text.
+"""
 
 from __future__ import annotations
 
@@ -150,9 +151,8 @@ def _markdown(part: Part) -> str:
         case Grid(title, heads, rows, note=note):
             rule = "|".join("---" if is_words else "---:" for is_words in part.is_words)
             table = [f"| {' | '.join(map(_md, row))} |" for row in (heads, *rows)]
-            return "\n".join(
-                [f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *([_md(note), ""] if note else [])]
-            )
+            small = [_md(note), ""] if note else []
+            return "\n".join([f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *small])
         case Plot(name, alt):
             return f"![{_md(alt)}](pictures/{name})\n"
         case Bullets(items):
