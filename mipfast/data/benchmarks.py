@@ -94,8 +94,17 @@ def load_groups(
         InputError, ArtefactError: as `load` does, and for a limit below 1.
 
     Example:
+        >>> import pyarrow, tempfile
+        >>> from pathlib import Path
+        >>> from pyarrow import parquet
         >>> from mipfast.data import load_groups
-        >>> load_groups("data/mllmu", ["forget_5", "retain_95"], names="data/mllmu", limit=100)  # doctest: +SKIP
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> rows = [{"image": None, "caption": "", "question": f"Is {x} a letter?", "answer": "Yes"} for x in "ABC"]
+        >>> for group in ("forget05", "retain95"):  # tables of CLEAR
+        ...     (folder / group).mkdir()
+        ...     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / group / "0.parquet")
+        >>> [record.group for record in load_groups(folder, ["forget05", "retain95"], limit=2)]
+        ['forget05', 'forget05', 'retain95', 'retain95']
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}; expected at least 1")

@@ -121,6 +121,19 @@ def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iter
         surveyed: what `survey` found in the file.
         config: what `locate_file` will be given.
         devices: whose seconds are told beside those of `mipfast.cost.DEVICES`.
+
+    Example:
+        >>> import mipfast
+        >>> from pathlib import Path
+        >>> from mipfast.cost import Shape
+        >>> from mipfast.data import Record
+        >>> from mipfast.samples import Encoder
+        >>> from mipfast.streaming import forecast, survey
+        >>> encoder = Encoder.from_pretrained(Path(mipfast.__file__).parent / "demo" / "weights" / "base")
+        >>> config = mipfast.LocateConfig()
+        >>> surveyed = survey(encoder, [Record("7", "", "text", "generation", "Name the pet", "dog")], config)
+        >>> sorted(forecast(Shape.of(encoder.config), surveyed, config).seconds)
+        ['H100', 'H200']
     """
     devices = [*devices, *DEVICES.values()]
     seconds = {device.name: 0.0 for device in devices}
