@@ -215,7 +215,7 @@ def locate(
     ).resolved()
     _quiet_transformers()
     encoder = Encoder.from_pretrained(model)
-    scored: locate_file.Data = data
+    scored: locate_file.Samples = data
     if group:
         scored = [r for r in load_groups(data, group) if (r.image is not None) == (modality == "vision")]
     if dry_run:
@@ -389,10 +389,10 @@ def run(
 
 
 def _report(folders: list[Path], out: Path) -> None:
-    from mipfast.experiment import comparison, page
+    from mipfast.experiment import comparison, comparison_page, page
 
     compared = comparison.compare(folders)
-    found = comparison.parts(compared)
+    found = comparison_page.parts(compared)
     written = page.write(out, compared.title, found)
     console.print(page.terminal(found))
     console.print(f"Everything, in one file: [bold]{escape(str(written))}[/bold]")
