@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import invoke
 from dying import dying
-from typer.testing import CliRunner
 
 import mipfast
 from mipfast import Attribution, InputError, LocateConfig, NeuronPath, cli, files
@@ -98,7 +98,7 @@ def run(folder, data, out, config=None, **options):
 
 
 def command(*arguments):
-    return CliRunner().invoke(cli.app, ["locate", *map(str, arguments)])
+    return invoke(["locate", *arguments])
 
 
 def same(first, second):

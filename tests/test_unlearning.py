@@ -74,7 +74,7 @@ def without(batch, name):
         (lambda b: b, {"top_k": 49}, "top_k=49 of 48"),
         (lambda b: b, {"top_k": 0}, "top_k=0"),
         (lambda b: b, {"modality": "vision"}, "only the text stack"),
-        (lambda b: b, {"modality": "smell"}, "text, vision"),
+        (lambda b: b, {"modality": "smell"}, "expected text or vision"),
         (lambda b: b, {"objective": "margin"}, "log_odds"),
         (lambda b: b, {"positions": "middle"}, "last_prompt"),
         (lambda b: b, {"positions": [99]}, "outside this batch"),

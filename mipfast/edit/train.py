@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from mipfast.model.batch import Batch, check_many
 from mipfast.model.patching import frozen_eval
 
 log = logging.getLogger("mipfast")
-T = TypeVar("T")
 
 
 class Losses(NamedTuple):

@@ -16,8 +16,8 @@ from transformers import Trainer
 from mipfast.edit.config import MIPConfig, RMisUConfig
 from mipfast.edit.prune import prune
 from mipfast.edit.unlearn import locate_path
-from mipfast.errors import InputError
-from mipfast.experiment.config import overridden, settings_of
+from mipfast.errors import InputError, check_counts
+from mipfast.experiment.config import overlaid, settings_of
 from mipfast.files import write_atomic
 from mipfast.integrations.trainer import RMisUTrainer
 from mipfast.model.batch import Batch, find_labels
@@ -94,10 +94,15 @@ def _write_config(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class EditorConfig(MIPConfig):
-    """samples: items of the train dataset, at most, on which neurons are located. Of rmisu, trainable is path or down;
-    lr, steps and epochs are trainer.args' learning_rate, max_steps and num_train_epochs."""
+    """MIPConfig's fields, as method_args has them. Of rmisu, trainable is path or down; lr, steps and epochs are
+    trainer.args' learning_rate, max_steps and num_train_epochs."""
 
     samples: int = 64
+    """Items of the train dataset, at most, on which neurons are located."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "samples")
 
     @classmethod
     def from_yaml(cls, method_args: Mapping[str, Any]) -> EditorConfig:
@@ -107,11 +112,7 @@ class EditorConfig(MIPConfig):
         for name, argument in ARGUMENTS.items():
             if isinstance(rmisu, dict) and name in rmisu:
                 raise InputError(f"method_args.rmisu.{name}: the Trainer trains; give trainer.args.{argument} instead")
-        config = overridden(cls(), given, "method_args")
-        config.check()
-        if config.samples < 1:
-            raise InputError(f"method_args.samples={config.samples}; expected at least 1 item to locate on")
-        return config
+        return overlaid(cls(), given, "method_args")
 
 
 class Editor(RMisUTrainer):
