@@ -411,14 +411,8 @@ def _quiet_transformers() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "report": report,
-    "doctor": doctor,
-    "locate": locate,
-    "finetune": finetune,
-    "unlearn": unlearn,
-    "eval": evaluate,
-    "run": run,
+    "eval" if command is evaluate else command.__name__: command
+    for command in (demo, report, doctor, locate, finetune, unlearn, evaluate, run)
 }
 
 

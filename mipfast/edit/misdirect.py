@@ -180,15 +180,15 @@ def neurons_below(path: Neurons, sites: Sites, layer: int, trainable: str) -> tu
 
 def trainable_parts(neurons: Neurons, sites: Sites, trainable: str) -> Trainable:
     """{"stack/layer": what trains}."""
-    found: Trainable = {}
+    by_layer: Trainable = {}
     for (stack, i), index in neurons.items():
         rows, columns = neuron_slices(sites, stack, i, index)
         parts = columns if trainable == "down" else [*rows, *columns]
         if trainable == "lora":
-            found[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
+            by_layer[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
         else:
-            found[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
-    return found
+            by_layer[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
+    return by_layer
 
 
 def check_no_hook(model: nn.Module, neurons: Neurons) -> None:

@@ -164,10 +164,10 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
 
 def _by_stack(attributions: Attribution | Sequence[Attribution]) -> dict[str, list[Attribution]]:
     listed = [attributions] if isinstance(attributions, Attribution) else list(attributions)
-    found: dict[str, list[Attribution]] = {}
+    grouped: dict[str, list[Attribution]] = {}
     for attribution in listed:
-        found.setdefault(attribution.report["stack"], []).append(attribution)
-    return found
+        grouped.setdefault(attribution.report["stack"], []).append(attribution)
+    return grouped
 
 
 def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggregate) -> torch.Tensor:

@@ -79,7 +79,7 @@ def find_target(
             batch = batches[i]
             for name, target in targets.items():
                 values[name].append(answer_log_prob(model, batch, layer, config.positions, target).item())
-    return targets["learned"], {f"answer_log_prob_{name}": fmean(found) for name, found in values.items()}
+    return targets["learned"], {f"answer_log_prob_{name}": fmean(some) for name, some in values.items()}
 
 
 STEPS, LR = 40, 0.1

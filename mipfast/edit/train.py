@@ -118,14 +118,8 @@ class _SliceGradient(torch.autograd.Function):
             grad = rows.sum(0)
         else:
             grad = rows.T @ x.flatten(0, -2).to(rows.dtype)
-        return (
-            grad_output,
-            None,
-            (grad.T if ctx.transposed and ctx.part != "bias" else grad).to(ctx.dtype),
-            None,
-            None,
-            None,
-        )
+        grad = grad.T if ctx.transposed and ctx.part != "bias" else grad
+        return grad_output, None, grad.to(ctx.dtype), None, None, None
 
 
 Leaves = list[Leaf | SliceLeaf]

@@ -105,14 +105,14 @@ def locate_path(
     sites = find_sites(model)
     text = [b for b in forget if "pixel_values" not in b]
     images = [b for b in forget if "pixel_values" in b]
-    found: dict[str, Attribution] = {}
+    located: dict[str, Attribution] = {}
     if text:
-        found["text"] = locate(model, text, config.text, progress=config.progress)
+        located["text"] = locate(model, text, config.text, progress=config.progress)
     if images and config.vision and sites.vision:
-        found["vision"] = locate(model, images, config.vision, progress=config.progress)
+        located["vision"] = locate(model, images, config.vision, progress=config.progress)
     kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
-    path = select_path(sites, found.get("text"), found.get("vision"), kept, config)
-    return path, {name: one.report for name, one in found.items()}
+    path = select_path(sites, located.get("text"), located.get("vision"), kept, config)
+    return path, {name: one.report for name, one in located.items()}
 
 
 def weighs_damage(config: MIPConfig) -> bool:

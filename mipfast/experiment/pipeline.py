@@ -151,7 +151,7 @@ def _sets(
 ) -> dict[str, tuple[list[Record], LocateConfig]]:
     """What `select_path` needs: {"role-modality": (records, how they are scored)}. IGI is fed the forget set's text,
     IFI its pictures; the damage estimate takes IGI of everything that is to be kept."""
-    found: dict[str, tuple[list[Record], LocateConfig]] = {}
+    sets: dict[str, tuple[list[Record], LocateConfig]] = {}
     damage = weighs_damage(config) and any(record.modality == "text" for record in roles["forget"])
     for role, records in roles.items():
         for modality in ("text", "image"):
@@ -161,8 +161,8 @@ def _sets(
             else:
                 how = config.text if role == "forget" or damage else None
             if some and how:
-                found[f"{role}-{modality}"] = (some, how)
-    return found
+                sets[f"{role}-{modality}"] = (some, how)
+    return sets
 
 
 def _locate(model: Any, encoder: Encoder, roles: dict[str, list[Record]], stage: UnlearnStage, out: Path) -> None:
@@ -187,15 +187,15 @@ def _unlearn(
     folder, sites = out / "unlearn", find_sites(model)
     if (folder / "model").exists():
         return
-    found = {name: locate_file.read(out / "locate" / name) for name in _sets(roles, stage, sites)}
-    kept = [one for name, one in found.items() if not name.startswith("forget-")]
-    path = select_path(sites, found.get("forget-text"), found.get("forget-image"), kept, stage)
+    located = {name: locate_file.read(out / "locate" / name) for name in _sets(roles, stage, sites)}
+    kept = [one for name, one in located.items() if not name.startswith("forget-")]
+    path = select_path(sites, located.get("forget-text"), located.get("forget-image"), kept, stage)
     path.save_pretrained(folder / "path")
     others = [record for role, records in roles.items() if role != "forget" for record in records]
     forget, retain = (Batches(encoder, some, stage.batch_size, model.device) for some in (roles["forget"], others))
     report = {
         **identity,
-        "locate": {name: one.report for name, one in found.items()},
+        "locate": {name: one.report for name, one in located.items()},
         "misdirect": edit(model, path, forget, retain, stage),
         "neurons": _neurons(path, sites),
         "versions": versions(),

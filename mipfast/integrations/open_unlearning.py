@@ -29,12 +29,22 @@ LORA = ("lora_rank", "lora_alpha")
 
 
 def register(config_dir: str | Path | None = None) -> type:
-    """Add the trainer MIPEditor to open-unlearning's registry, write its config to config_dir/trainer/MIPEditor.yaml,
-    and return the class (see `Editor`). Call it before src/train.py runs, with src on sys.path.
+    """Add the trainer MIPEditor to open-unlearning's registry, and write its config to
+    config_dir/trainer/MIPEditor.yaml.
 
-    config_dir: open-unlearning's configs; None finds them beside src. A config that is there stays as it is: it may
-    have been edited. Raises InputError where open-unlearning cannot be imported, for a folder that is not its configs,
-    and where the name or the file is somebody else's."""
+    Call it before src/train.py runs, with src on sys.path. A config that is there stays as it is: it may have been
+    edited.
+
+    Args:
+        config_dir: open-unlearning's configs; None finds them beside src.
+
+    Returns:
+        The trainer's class, see `Editor`.
+
+    Raises:
+        InputError: where open-unlearning cannot be imported, for a folder that is not its configs, and where the name
+            or the file is somebody else's.
+    """
     try:
         import trainer
         from trainer.unlearn.base import UnlearnTrainer
@@ -85,10 +95,10 @@ def _write_config(folder: Path) -> None:
         write_atomic(path, lambda p: p.write_text(yaml.safe_dump(config, sort_keys=False)))
         return
     try:
-        found = yaml.safe_load(path.read_text())
+        written = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); remove it, and register() writes it again") from error
-    if not isinstance(found, dict) or found.get("handler") != NAME:
+    if not isinstance(written, dict) or written.get("handler") != NAME:
         raise InputError(f"{path} is not a config of the trainer {NAME}; rename it, and register() writes one")
 
 
