@@ -174,6 +174,8 @@ def settings_of(config: Any) -> dict[str, Any]:
     return kept(asdict(config))
 
 
+# Why no library: pydantic fills what is left out from the class's defaults, which would turn the vision tower's scoring
+# into the text tower's, and jsonargparse passes over `eval: 3` in silence.
 def overlaid(config: T, given: Any, path: str = "") -> T:
     """The config with what a mapping says, all the way down; what it leaves out stays the config's, so that
     `vision: {n_steps: 2}` is still the vision tower's. Types and ranges are the dataclasses' to check. Raises
