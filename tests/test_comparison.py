@@ -9,8 +9,8 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from commands import invoke
 from rich.console import Console
-from typer.testing import CliRunner
 
 from mipfast import cli
 from mipfast.errors import ArtefactError, InputError, MipfastError
@@ -370,11 +370,11 @@ def test_pictures_have_every_dot_and_bar(tmp_path):
 @needs_matplotlib
 def test_command(tmp_path):
     write_run(tmp_path / "a", means((0.2, 0.2)), means())
-    result = CliRunner().invoke(cli.app, ["report", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    result = invoke(["report", tmp_path / "a", "--out", tmp_path / "out"])
     assert result.exit_code == 0 and "75.0" in result.output
     assert {"report.html", "report.md", "pictures"} == {path.name for path in (tmp_path / "out").iterdir()}
     with pytest.raises(MipfastError, match="neither"):
-        CliRunner().invoke(cli.app, ["report", str(tmp_path)], catch_exceptions=False)
+        cli.app(["report", str(tmp_path)])
 
 
 def test_importing_loads_no_matplotlib():

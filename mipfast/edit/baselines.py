@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from mipfast import ops
-from mipfast.edit.config import RMisUConfig, check_config, check_kind, check_steps
+from mipfast.edit.config import RMisUConfig, check_steps
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import steering_layer
 from mipfast.edit.prune import prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
-from mipfast.errors import DivergedError, InputError
+from mipfast.errors import DivergedError, InputError, configured
 from mipfast.model.batch import Batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
 from mipfast.model.patching import frozen_eval, removing
@@ -227,7 +227,6 @@ class RMU(Method):
         sites = find_sites(model)
         layer = steering_layer(self, sites)
         steering = RMisUConfig(steering_coeff=self.steering_coeff, unit=self.unit, direction=self.direction, seed=seed)
-        check_config(steering)
 
         def hidden(batch: Batch) -> torch.Tensor:
             return hidden_states(model, batch, layer, self.positions, sites)
@@ -356,7 +355,7 @@ def run(
         ['adaptive-rmu', 'ga', 'graddiff', 'kl', 'manu', 'npo', 'npo+retain', 'rmu']
     """
     started = time.monotonic()
-    config = check_kind(config or BaselineConfig(), BaselineConfig)
+    config = configured(BaselineConfig, config, {})
     method = METHODS.get(method, method) if isinstance(method, str) else method
     if not isinstance(method, Method | MANU):
         raise InputError(f"method={method!r}; expected {', '.join(METHODS)}, or an instance of mipfast.baselines'")
