@@ -39,7 +39,7 @@ for f, h, weight in (1, 1, tensor(1, 1)), (16, 1, tensor(1, 16)), (48, 80, tenso
     static.swiglu(tensor(1, f), tensor(1, f))
     static.swiglu_gradients(tensor(1, f), tensor(1, f), tensor(1, f))
     for grad in tensor(1, 1, h), tensor(h, 5, 3).permute(2, 1, 0):
-        static.fused(grad, weight, one.expand(len(grad)), None, 1)
+        static.project_accumulate(grad, weight, one.expand(len(grad)), None, 1)
 print(len(static.launched), "compiled")
 """
 
