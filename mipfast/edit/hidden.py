@@ -26,6 +26,7 @@ def hidden_states(
     there; tokens that no chosen position sees are left out, and the block's FFN runs at the chosen positions only.
 
     sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
+    model = unwrapped(model)
     stack = (sites or find_sites(model)).text
     check_layer(layer, stack)
     check_inputs(model, batch)
@@ -63,7 +64,7 @@ def _seen(model: Any, batch: Batch, rows: torch.Tensor) -> tuple[dict[str, Any],
     inputs, shape = without_labels(batch), batch["labels"].shape
     stop = int((rows % shape[1]).max()) + 1
     tokenwise = {name: value for name, value in inputs.items() if name in TOKENWISE}
-    picture = image_token(unwrapped(model).config)
+    picture = image_token(model.config)
     if (
         _hooked(model)
         or "input_ids" not in inputs

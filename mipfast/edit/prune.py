@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -12,13 +12,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from mipfast.errors import ArtefactError, InputError, check_value
-from mipfast.model.sites import Sites, find_sites, neurons_valid
+from mipfast.errors import ArtefactError, InputError, ModelError, check_value
+from mipfast.model.patching import frozen_eval, unwrapped
+from mipfast.model.sites import Sites, Stack, find_sites, neurons_valid
+from mipfast.model.weights import check_projections
 
 log = logging.getLogger("mipfast")
 
 Neurons = Mapping[tuple[str, int], torch.Tensor]
 Mode = Literal["weights", "activations"]
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _active: WeakKeyDictionary[nn.Module, list[Pruned]] = WeakKeyDictionary()
 
 
@@ -55,7 +58,7 @@ class Pruned:
     def __init__(self, model: nn.Module, mode: str, slices: list[Slice], hooks: list[Any], neurons: Neurons):
         self.mode, self.neurons, self.off = mode, neurons, False
         self._model = weakref.ref(model)  # the registry's key: held strongly it would never be freed
-        self._slices, self._hooks = slices, hooks
+        self._slices, self._hooks, self._merged = slices, hooks, _merged(model)
         self._originals = [s.read() for s in slices]
         _active.setdefault(model, []).append(self)
 
@@ -63,9 +66,10 @@ class Pruned:
         """Put the original bits back, and discard whatever training did to the pruned neurons.
 
         Raises:
-            InputError: if undone or committed already, or while a newer prune of the model is in force.
+            InputError: if undone or committed already, while a newer prune of the model is in force, or where adapters
+                were merged, unmerged or unloaded meanwhile: the original values would not give the model back.
         """
-        self._retire()
+        self._retire(undo=True)
         for s, original in zip(self._slices, self._originals, strict=True):
             s.write(original)
         for hook in self._hooks:
@@ -77,11 +81,13 @@ class Pruned:
         Raises:
             InputError: as undo does.
         """
-        self._retire()
+        self._retire(undo=False)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The model without this prune, until the with block ends."""
+        """The model without this prune, until the with block ends. Raises InputError as undo does."""
+        if (model := self._model()) is not None:
+            self._check_adapters(model)
         self.off = True
         current = [s.read() for s in self._slices]
         for s, original in zip(self._slices, self._originals, strict=True):
@@ -93,13 +99,23 @@ class Pruned:
             for s, values in zip(self._slices, current, strict=True):
                 s.write(values)
 
-    def _retire(self) -> None:
+    def _check_adapters(self, model: nn.Module) -> None:
+        held = {id(p) for p in model.parameters()}
+        if _merged(model) != self._merged or any(id(s.parameter) not in held for s in self._slices):
+            raise InputError(
+                "weights were replaced, or adapters merged, unmerged or unloaded, since this prune: its original "
+                "values do not fit any more. Bring the adapters back to what they were, or commit() the prune"
+            )
+
+    def _retire(self, undo: bool) -> None:
         model = self._model()
         in_force = _active.get(model, []) if model is not None else []
         if self not in in_force:
             raise InputError("this prune was undone or committed already; prune again to get a new handle")
         if in_force[-1] is not self:
             raise InputError("a newer prune of this model is in force; undo the newest first")
+        if undo and model is not None:
+            self._check_adapters(model)
         in_force.pop()
 
     def __enter__(self) -> Pruned:
@@ -111,32 +127,57 @@ class Pruned:
 
 def active_prunes(model: nn.Module) -> list[Pruned]:
     """Prunes of this model that are in force, oldest first."""
-    return list(_active.get(model, []))
+    return list(_active.get(unwrapped(model), []))
 
 
-def check_neurons(model: nn.Module, neurons: Neurons) -> Sites:
-    """The model's sites. Raises ArtefactError where the neurons cannot be this model's; warns where its weights
+def _merged(model: nn.Module) -> dict[str, list[str]]:
+    """The adapters that PEFT has worked into the weights, by projection."""
+    listed = ((name, getattr(module, "merged_adapters", None)) for name, module in model.named_modules())
+    return {name: list(adapters) for name, adapters in listed if adapters}
+
+
+def check_neurons(model: nn.Module, path: Neurons, written: bool) -> tuple[Sites, dict[tuple[str, int], torch.Tensor]]:
+    """(the model's sites, the path with indices in int64).
+
+    written: whether the edit writes to the path's weights. Raises ArtefactError where the neurons cannot be this
+    model's, InputError for what is no path, ModelError for weights that an edit would not reach; warns where weights
     changed."""
-    if not isinstance(neurons, Mapping):
-        raise InputError(f"the path is a {type(neurons).__name__}; expected a NeuronPath (model, path, forget, retain)")
-    for key, indices in neurons.items():
+    if not isinstance(path, Mapping):
+        raise InputError(f"the path is a {type(path).__name__}; expected a NeuronPath (model, path, forget, retain)")
+    neurons = {}
+    for key, indices in path.items():
         if not (isinstance(key, tuple) and len(key) == 2 and isinstance(indices, torch.Tensor)):
             raise InputError(
                 f"the path has {key!r}: a {type(indices).__name__}; expected (stack, layer): a tensor of indices"
             )
+        if indices.dtype not in INTEGERS or indices.ndim != 1 or len(indices.unique()) < len(indices):
+            raise InputError(
+                f"the path's indices of {key} are {indices.dtype} of shape {list(indices.shape)}, "
+                f"{len(indices.unique())} different ones; expected integers [k], each once"
+            )
+        neurons[key] = indices.long()
     sites = find_sites(model)
-    fingerprint = getattr(neurons, "fingerprint", None)
+    fingerprint = getattr(path, "fingerprint", None)
     if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint) and not active_prunes(model):
         log.warning(
             "this path was located on other weights of the same architecture; its neurons may mean nothing here"
         )
     for (stack, layer), indices in neurons.items():
-        if not 0 <= layer < sites[stack].num_layers or not neurons_valid(indices, sites[stack]):
+        if layer not in range(sites[stack].num_layers) or not neurons_valid(indices, sites[stack]):
             raise ArtefactError(
                 f"the path names neurons of {stack} layer {layer} that do not exist: the stack has "
                 f"{sites[stack].num_layers} layers of {sites[stack].num_neurons}; locate on this model again"
             )
-    return sites
+    if written:
+        places = [(sites[stack], layer) for stack, layer in neurons]
+        check_projections(unwrapped(model), [p for stack, i in places for p in (*stack.inputs[i], stack.outputs[i])])
+    return sites, neurons
+
+
+def check_prunable(model: nn.Module, stacks: Iterable[Stack]) -> None:
+    """Raises ModelError where a prune by weights would be refused: prunes a neuron of every layer and gives it back."""
+    first = torch.tensor([0])
+    prune(model, {(stack.name, layer): first for stack in stacks for layer in range(stack.num_layers)}).undo()
 
 
 def prune(
@@ -145,13 +186,17 @@ def prune(
     mode: Mode = "weights",
     positions: Literal["all"] | list[int] = "all",
 ) -> Pruned:
-    """Silence the path's neurons, in place.
+    """Silence the path's neurons, in place: all of them, or after an error none.
+
+    By weights, every projection is then asked what it makes of fixed activations: what it made of them before with the
+    path's set to zero, or the prune is taken back.
 
     Args:
-        model: a transformers model.
+        model: a transformers model; inside PEFT's, torch.compile's or DistributedDataParallel's wrapper it is found.
         path: {(stack, layer): indices [k]}, such as a `NeuronPath`.
         mode: weights: zero their columns of the output projection (input rows stay, so both can be trained again).
-            activations: a hook zeroes them; nothing behind such a hook gets a gradient.
+            activations: a hook zeroes them; nothing behind such a hook gets a gradient. `save_pretrained` saves no
+            hooks: what it writes is the model without this prune, and a warning says so.
         positions: of mode "activations": "all", or indices into the S of [n,S,F].
 
     Returns:
@@ -159,7 +204,9 @@ def prune(
 
     Raises:
         ArtefactError: for another model's path.
-        InputError: for an unknown mode or a position that cannot be used.
+        InputError: for an unknown mode, a position that cannot be used, indices that are no integers or repeat.
+        ModelError: by weights, where zeros would not reach what the model computes with, or would change more than the
+            path: weights that are offloaded, sharded, quantised or made anew in every forward pass, and DoRA.
 
     Example:
         >>> import torch
@@ -174,22 +221,56 @@ def prune(
         >>> bool((down == 0).any())
         False
     """
-    sites = check_neurons(model, path)
     check_value("mode", mode, Mode)
-    if mode == "weights":
-        if positions != "all":
-            raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
-        parts = [neuron_slices(sites, stack, layer, indices) for (stack, layer), indices in path.items()]
-        handle = Pruned(model, mode, [s for rows, columns in parts for s in (*rows, *columns)], [], path)
-        for _, columns in parts:
-            for s in columns:
-                s.write(torch.zeros_like(s.read()))
-        return handle
-    handle = Pruned(model, mode, [], [], path)
-    for (stack, layer), indices in path.items():
-        hook = _zeroing(handle, indices, positions)
-        handle._hooks.append(sites[stack].outputs[layer].register_forward_pre_hook(hook))
+    if mode == "weights" and positions != "all":
+        raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
+    sites, neurons = check_neurons(model, path, written=mode == "weights")
+    model = unwrapped(model)
+    parts = {key: neuron_slices(sites, *key, indices) for key, indices in neurons.items()} if mode == "weights" else {}
+    handle = Pruned(model, mode, [s for rows, columns in parts.values() for s in (*rows, *columns)], [], neurons)
+    try:
+        for (stack, layer), indices in neurons.items():
+            if mode == "weights":
+                _zero(sites[stack], layer, indices, parts[stack, layer][1])
+            else:
+                hook = _zeroing(handle, indices, positions)
+                handle._hooks.append(sites[stack].outputs[layer].register_forward_pre_hook(hook))
+        if mode == "activations":
+            handle._hooks.append(model.register_state_dict_pre_hook(_unsaved(handle)))
+    except BaseException:
+        handle.undo()
+        raise
     return handle
+
+
+def _zero(stack: Stack, layer: int, indices: torch.Tensor, columns: list[Slice]) -> None:
+    """Zero the columns. Raises ModelError where the projection then does not compute what it did without neurons."""
+    projection, weight = stack.outputs[layer], columns[0].parameter
+    probe = torch.linspace(1, 2, stack.num_neurons, dtype=weight.dtype, device=weight.device)[None]
+    without = probe.index_fill(1, columns[0].index, 0)
+    with frozen_eval(projection), torch.no_grad():
+        wanted = projection.forward(without)
+        for s in columns:
+            s.write(torch.zeros_like(s.read()))
+        found = projection.forward(probe)
+    finite = wanted.isfinite()
+    if not torch.equal(found[finite], wanted[finite]):  # the same products in the same order: equal to the bit
+        raise ModelError(
+            f"{stack.name} layer {layer}: with the columns of {len(indices)} neurons zeroed its "
+            f"{type(projection).__name__} does not compute what it did without these neurons, so that its weights are "
+            "not what it computes with. Nothing was pruned; merge what is on it, or prune with mode='activations'"
+        )
+
+
+def _unsaved(handle: Pruned) -> Any:
+    def warn(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not handle.off:
+            log.warning(
+                "hooks are not saved: the state dict of this model, which save_pretrained writes, is without its prune "
+                "by mode='activations'. Prune again after loading, or with mode='weights'"
+            )
+
+    return warn
 
 
 def _zeroing(handle: Pruned, indices: torch.Tensor, positions: Literal["all"] | list[int]) -> Any:

@@ -18,6 +18,7 @@ from mipfast.edit.prune import Slice
 from mipfast.errors import DivergedError, InputError
 from mipfast.model.batch import Batch, check_many
 from mipfast.model.patching import frozen_eval
+from mipfast.model.weights import check_weights
 
 log = logging.getLogger("mipfast")
 
@@ -51,7 +52,13 @@ class Leaf:
     def write(self) -> None:
         """Put what was learned into the model."""
         if self.hook:
-            self.parameter.data.copy_(self.tensor.detach())
+            self.restore(self.tensor.detach())
+
+    def read(self) -> torch.Tensor:
+        return self.parameter.detach().to("cpu", copy=True)
+
+    def restore(self, values: torch.Tensor) -> None:
+        self.parameter.data.copy_(values)
 
     def remove(self) -> None:
         if self.hook:
@@ -66,8 +73,6 @@ class SliceLeaf:
         self.name, self.part = name, part
         if not isinstance(projection, nn.Linear) and type(projection).__name__ != "Conv1D":
             raise InputError(f"{name}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
-        if not part.parameter.is_floating_point():
-            raise InputError(f"{name}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first")
         values = part.read()
         self.tensor = nn.Parameter(values if values.dtype == torch.float64 else values.float())
         transposed = not isinstance(projection, nn.Linear)
@@ -84,6 +89,12 @@ class SliceLeaf:
 
     def write(self) -> None:
         self.part.write(self.tensor.detach())
+
+    def read(self) -> torch.Tensor:
+        return self.part.read().cpu()
+
+    def restore(self, values: torch.Tensor) -> None:
+        self.part.write(values)
 
     def remove(self) -> None:
         self.hook.remove()
@@ -127,18 +138,29 @@ Leaves = list[Leaf | SliceLeaf]
 
 @contextmanager
 def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
-    """The leaves of what is to train, in eval mode (no dropout) and nothing else trainable; undone on the way out."""
+    """The leaves of what is to train, in eval mode (no dropout) and nothing else trainable; undone on the way out.
+
+    After an error or an interruption the weights are given back, bit for bit: what trains is kept on the CPU meanwhile.
+    Raises ModelError for weights that training would not reach."""
     whole = [part for parts in trainable.values() for part in parts if not isinstance(part, Slice)]
     with frozen_eval(model, whole):
         leaves = make_leaves(model, trainable)
+        before = [leaf.read() for leaf in leaves]
         try:
             yield leaves
+        except BaseException:
+            for leaf, values in zip(leaves, before, strict=True):
+                leaf.restore(values)
+            raise
         finally:
             for leaf in leaves:
                 leaf.remove()
 
 
 def make_leaves(model: nn.Module, trainable: Trainable) -> Leaves:
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = [(key, part.parameter if isinstance(part, Slice) else part) for key, ps in trainable.items() for part in ps]
+    check_weights((names.get(id(parameter), key), parameter) for key, parameter in parts)
     owner = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     return [
         SliceLeaf(name, part, owner[id(part.parameter)]) if isinstance(part, Slice) else Leaf(name, part)
