@@ -11,7 +11,7 @@ from torch import nn
 from mipfast.edit.prune import active_prunes
 from mipfast.errors import InputError
 from mipfast.model.batch import Batch, check_inputs, image_token, without_labels
-from mipfast.model.patching import removing, unwrapped
+from mipfast.model.patching import plain_forward, removing, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import Sites, check_layer, find_sites
 
@@ -44,7 +44,7 @@ def hidden_states(
     def stop(module: nn.Module, args: tuple, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    with ExitStack() as hooks:
+    with plain_forward(model), ExitStack() as hooks:
         if not _hooked(model):
             hooks.enter_context(removing(ffn.register_forward_pre_hook(gather)))
             hooks.enter_context(removing(ffn.register_forward_hook(scatter)))

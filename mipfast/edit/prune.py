@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import ArtefactError, InputError, ModelError, check_value
-from mipfast.model.patching import frozen_eval, unwrapped
+from mipfast.model.patching import compiled, frozen_eval, unwrapped
 from mipfast.model.sites import Sites, Stack, find_sites, neurons_valid
 from mipfast.model.weights import check_projections
 
@@ -206,7 +206,8 @@ def prune(
         ArtefactError: for another model's path.
         InputError: for an unknown mode, a position that cannot be used, indices that are no integers or repeat.
         ModelError: by weights, where zeros would not reach what the model computes with, or would change more than the
-            path: weights that are offloaded, sharded, quantised or made anew in every forward pass, and DoRA.
+            path: weights that are offloaded, sharded, quantised or made anew in every forward pass, and DoRA. By
+            activations, for a model that torch.compile took, which would not see the hooks.
 
     Example:
         >>> import torch
@@ -224,6 +225,8 @@ def prune(
     check_value("mode", mode, Mode)
     if mode == "weights" and positions != "all":
         raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
+    if mode == "activations" and compiled(model):
+        raise ModelError("torch.compile'd models do not see new hooks; prune with mode='weights', or before compiling")
     sites, neurons = check_neurons(model, path, written=mode == "weights")
     model = unwrapped(model)
     parts = {key: neuron_slices(sites, *key, indices) for key, indices in neurons.items()} if mode == "weights" else {}

@@ -142,7 +142,11 @@ def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
 
     After an error or an interruption the weights are given back, bit for bit: what trains is kept on the CPU meanwhile.
     Raises ModelError for weights that training would not reach."""
-    whole = [part for parts in trainable.values() for part in parts if not isinstance(part, Slice)]
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = [(key, part) for key, some in trainable.items() for part in some]
+    weights = [(key, part.parameter if isinstance(part, Slice) else part) for key, part in parts]
+    check_weights((names.get(id(weight), key), weight) for key, weight in weights)
+    whole = [part for _, part in parts if not isinstance(part, Slice)]
     with frozen_eval(model, whole):
         leaves = make_leaves(model, trainable)
         before = [leaf.read() for leaf in leaves]
@@ -158,9 +162,6 @@ def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
 
 
 def make_leaves(model: nn.Module, trainable: Trainable) -> Leaves:
-    names = {id(p): name for name, p in model.named_parameters()}
-    parts = [(key, part.parameter if isinstance(part, Slice) else part) for key, ps in trainable.items() for part in ps]
-    check_weights((names.get(id(parameter), key), parameter) for key, parameter in parts)
     owner = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     return [
         SliceLeaf(name, part, owner[id(part.parameter)]) if isinstance(part, Slice) else Leaf(name, part)

@@ -4,7 +4,7 @@ and the model inside its wrappers."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,21 +16,17 @@ from mipfast.errors import ModelError
 @contextmanager
 def frozen_eval(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """Every module in eval mode (no dropout), only the trainable parameters requiring gradient. On the way out modes
-    and flags are what they were, and the trainable parameters' gradients are dropped.
-
-    Where accelerate put mixed precision into the model's forward, it is left out meanwhile: the numbers are the plain
-    model's, and every part of it has one dtype, inside a pass and beside it."""
+    and flags are what they were, and the trainable parameters' gradients are dropped. Runs the `plain_forward`."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     chosen = list(trainable)
-    plain = vars(unwrapped(model)).get("_original_forward")
     model.eval()
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for tensor in chosen:
             tensor.requires_grad_(True)
-        with replaced_forward(unwrapped(model), plain) if plain else nullcontext():
+        with plain_forward(model):
             yield
     finally:
         for tensor in chosen:
@@ -76,6 +72,24 @@ def unwrapped(model: Any) -> Any:
             "on its projections, such as LoRA, or get_base_model()"
         )
     return model.get_base_model()
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile took the model, or a part of it."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+
+
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """The model without the mixed precision that accelerate put into its forward, and without what torch.compile made
+    of its parts, which would not see hooks and forwards that came later: the numbers are the plain model's."""
+    inner = unwrapped(model)
+    with ExitStack() as plain:
+        if "_original_forward" in vars(inner):
+            plain.enter_context(replaced_forward(inner, inner._original_forward))
+        if compiled(model):
+            plain.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from mipfast.files import versions
 from mipfast.model.accelerated import frozen_linears
 from mipfast.model.batch import Batch, Labels, find_labels
 from mipfast.model.fused_ffn import fused_ffns
-from mipfast.model.patching import frozen_eval
+from mipfast.model.patching import frozen_eval, unwrapped
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.model.window_attention import grouped_windows
 from mipfast.scoring import memory
@@ -62,6 +62,7 @@ def locate(
     nodes, weights = config.rule()
     sites = find_sites(model)
     stack = _choose_stack(sites, config)
+    model = unwrapped(model)
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
     batches = [batch] if isinstance(batch, Mapping) else batch
