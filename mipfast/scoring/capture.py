@@ -33,8 +33,9 @@ class Capture:
     measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
     base_output: what the head's wrapper got from the base model. extra_outputs: what blocks return besides their state
     in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions.
-    recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to
-    start..stop."""
+    checked: what `plan` has found out about the model, in this
+    call of locate. recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has
+    cut down to start..stop."""
 
     model: nn.Module
     stack: Stack
@@ -55,6 +56,7 @@ class Capture:
     recording: Recording | None
     base_output: Any
     extra_outputs: tuple | None
+    checked: set[str]
     prefix: Prefix | None = None
     baseline: list[torch.Tensor] | None = None
 
@@ -67,14 +69,18 @@ class Capture:
         return self.labels.num_samples
 
 
-def capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions) -> Capture:
-    """Run the model once without gradient, recording the decoder's attention where that is possible. Raises InputError
-    for an unusable batch, DivergedError for non-finite activations."""
+def capture(
+    model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, checked: set[str] | None = None
+) -> Capture:
+    """Run the model once without gradient, recording the decoder's attention where that is possible. checked: what
+    `plan` knows from other batches of the call. Raises InputError for an unusable batch, DivergedError for non-finite
+    activations."""
+    checked = set() if checked is None else checked
     try:
-        return _capture(model, sites, stack, batch, positions, record=True)
+        return _capture(model, sites, stack, batch, positions, checked, record=True)
     except UnsupportedAttention as error:
         log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
-        return _capture(model, sites, stack, batch, positions, record=False)
+        return _capture(model, sites, stack, batch, positions, checked, record=False)
 
 
 def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
@@ -101,7 +107,9 @@ def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positio
     return replace(captured, activations=away, baseline=baseline)
 
 
-def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:
+def _capture(
+    model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, checked: set[str], record: bool
+) -> Capture:
     labels, vision = find_labels(batch), stack is not sites.text
     check_inputs(model, batch)
     decoder = find_decoder(model)
@@ -164,25 +172,21 @@ def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Po
     position = seen["rows"].index - seen["rows"].sample * length
     start, last = (_first_image(model, batch), 0) if vision else (int(position.min()), int(position.max()))
     return Capture(
-        model,
-        stack,
-        batch,
-        entry,
-        decoder,
-        sites.text.blocks[-1],
-        sites.text.ffns[-1],
-        start,
-        max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
-        seen["kwargs"],
-        labels,
-        seen["rows"],
-        seen["token_sample"],
-        activations,
-        outputs,
-        logits,
-        seen["recording"],
-        seen["base_output"],
-        seen["extra_outputs"],
+        model=model,
+        stack=stack,
+        batch=batch,
+        entry=entry,
+        decoder=decoder,
+        last_block=sites.text.blocks[-1],
+        last_ffn=sites.text.ffns[-1],
+        start=start,
+        stop=max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
+        labels=labels,
+        activations=activations,
+        outputs=outputs,
+        logits=logits,
+        checked=checked,
+        **seen,
     )
 
 

@@ -19,7 +19,9 @@ from mipfast.scoring.capture import Capture
 USED = 0.8  # of the free memory; the rest is for gradients on their way, and for what the model of bytes leaves out
 
 
-_corrections: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()  # by tower: measured / modelled
+# By model and tower: measured / modelled. A model that was changed since may get too many or too few copies into one
+# replay; its scores do not depend on how many.
+_corrections: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 
 def copies_that_fit(captured: Capture, budget: Any) -> int:

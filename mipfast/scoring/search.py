@@ -72,10 +72,11 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
+    checked: set[str] = set()
     with frozen_eval(model), frozen_linears(model), fused_ffns(sites.stacks), grouped_windows(model):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
-                parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))
+                parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts, checked))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
@@ -163,13 +164,14 @@ def _with_memory(
     nodes: torch.Tensor,
     weights: torch.Tensor,
     first: bool,
+    checked: set[str],
 ) -> Located:
     """One batch, with as many steps per replay as memory holds; in halves where it does not hold one."""
     measure = config.residuals == "all" or (config.residuals == "first" and first)
     assert config.positions is not None
     n = len(find_labels(batch).mask)
     try:
-        captured = capture(model, sites, stack, batch, config.positions)
+        captured = capture(model, sites, stack, batch, config.positions, checked)
         if others:
             captured = from_mean(captured, sites, others, config.positions)
         steps = min(len(nodes), memory.copies_that_fit(captured, config.memory_budget))
@@ -183,7 +185,7 @@ def _with_memory(
             ) from error
     log.warning("%d samples do not fit into memory at once: going on with halves of them", n)
     parts = [
-        _with_memory(model, sites, stack, half, half_others, config, nodes, weights, first)
+        _with_memory(model, sites, stack, half, half_others, config, nodes, weights, first, checked)
         for half, *half_others in zip(*(memory.halves(b, model.config) for b in (batch, *others)), strict=True)
     ]
     scores, paths, residuals, counts, dead = zip(*parts, strict=True)
