@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mipfast.model.patching import replaced_attention
+
 # In transformers' registry. "flash" in a name is what makes its towers hand over the bounds of the windows and not cut
 # at them; transformers 4 asks for names of its own, cuts, and calls `_attend` without bounds.
 NAME = "mipfast_flash_windows"
@@ -35,17 +37,8 @@ def grouped_windows(model: nn.Module) -> Iterator[None]:
     if not configs:
         yield
         return
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS[NAME] = partial(_attend, WeakTensorKeyDictionary())
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
+    with replaced_attention(configs.values(), NAME, partial(_attend, WeakTensorKeyDictionary())):
         yield
-    finally:
-        for config in configs.values():
-            config._attn_implementation = "sdpa"
-        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 def _takes_bounds(kind: Any) -> bool:

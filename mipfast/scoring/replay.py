@@ -12,6 +12,7 @@ advances for free. `plan` tries which of them is exact.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -34,6 +35,7 @@ UNTILED = ("cache_position", "logits_to_keep")
 BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves every sample
 PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
 STATES = ("hidden_states", "hidden_state")  # what blocks call their input
+_forward_mode_lock = threading.Lock()
 ROW_BY_ROW = ("q_proj", "o_proj")  # in a decoder's attention; keys and values of every token are seen by later ones
 
 
@@ -201,20 +203,21 @@ class Replay:
             # state, so add the difference.
             hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from)
         hidden = hidden.detach()
-        with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
+        with torch.no_grad(), ExitStack() as patches:
             if self.capture.prefix:
                 patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
             if tangent is not None:
-                patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
+                patches.enter_context(_forward_mode())
                 values = forward_ad.make_dual(values, tangent)
                 if layer and self.tangents[-1] is not None:
                     hidden = forward_ad.make_dual(hidden, self.tangents[-1])
             patches.enter_context(self._overwritten(layer, values))
             output = block.forward(hidden, *args, **kwargs)
-            state, moved = forward_ad.unpack_dual(output[0] if isinstance(output, tuple) else output)
-            if tangent is not None and moved is None:
-                moved = torch.zeros_like(state)
-            return state.detach().clone(), None if moved is None else moved.detach().clone()
+            state = output[0] if isinstance(output, tuple) else output
+            if tangent is None:
+                return state.detach().clone(), None
+            state, moved = forward_ad.unpack_dual(state)
+            return state.detach().clone(), torch.zeros_like(state) if moved is None else moved.detach().clone()
 
     def _cut_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args or self.capture.prefix is None:
@@ -293,6 +296,13 @@ def _state_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs
     name = next(name for name in STATES if name in kwargs)
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """torch has one level of it, and one choice of attention kernels, in a process: a thread at a time."""
+    with _forward_mode_lock, forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the only one with a derivative
+        yield
 
 
 class _Reached(Exception):

@@ -21,7 +21,7 @@ from mipfast.files import versions
 from mipfast.model.accelerated import frozen_linears
 from mipfast.model.batch import Batch, Labels, find_labels
 from mipfast.model.fused_ffn import fused_ffns
-from mipfast.model.patching import frozen_eval
+from mipfast.model.patching import exclusive, frozen_eval, own_configs
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.model.window_attention import grouped_windows
 from mipfast.scoring import memory
@@ -73,7 +73,14 @@ def locate(
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
     checked: set[str] = set()
-    with frozen_eval(model), frozen_linears(model), fused_ffns(sites.stacks), grouped_windows(model):
+    with (
+        exclusive(model),
+        frozen_eval(model),
+        own_configs(model),
+        frozen_linears(model),
+        fused_ffns(sites.stacks),
+        grouped_windows(model),
+    ):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts, checked))
