@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mipfast import ops
+from mipfast.model import families
 from mipfast.model.patching import replaced_forward
 from mipfast.model.sites import Stack
-
-# what transformers calls the parts of every gated FFN whose projections are not fused
-PROJECTIONS, ACTIVATION = ("gate_proj", "up_proj", "down_proj"), "act_fn"
 
 
 @contextmanager
@@ -33,7 +31,7 @@ def fused_ffns(stacks: Iterable[Stack]) -> Iterator[None]:
 def _is_gated(ffn: Any) -> bool:
     """Whether this is what the FFN computes: others with parts of these names scale or gate differently. Tried on every
     call, as an activation or a class's forward may be replaced between two, or its state changed in place."""
-    if not all(hasattr(ffn, part) for part in (*PROJECTIONS, ACTIVATION)):
+    if not all(hasattr(ffn, part) for part in families.GATED_PARTS):
         return False
     weight = next(ffn.gate_proj.parameters())
     if weight.is_meta or not weight.is_floating_point() or weight.itemsize < 2:  # elsewhere, or quantised

@@ -18,11 +18,9 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _counter = itertools.count()
 
 
-@contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
-    """One thread at a time: what patches a model changes it under the feet of every other."""
-    with _locks.setdefault(unwrapped(model), threading.RLock()):
-        yield
+def lock_of(model: nn.Module) -> threading.RLock:
+    """For one thread at a time: whoever patches a model changes it under the feet of every other thread."""
+    return _locks.setdefault(unwrapped(model), threading.RLock())
 
 
 @contextmanager

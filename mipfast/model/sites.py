@@ -11,11 +11,8 @@ import torch
 from torch import nn
 
 from mipfast.errors import ArtefactError, InputError, ModelError
+from mipfast.model import families
 from mipfast.model.patching import unwrapped
-
-# What the output projection of an FFN and the module around it are called in transformers.
-OUTPUT_NAMES = ("down_proj", "fc2", "c_proj", "w2", "linear_fc2", "dense_4h_to_h", "lin2")
-FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +43,14 @@ class Stack:
             found.append((base.weight, int(self.transposed)))
             if base.bias is not None:
                 found.append((base.bias, 0))
-            found += [(p, 0) for adapter in getattr(projection, "lora_B", {}).values() for p in adapter.parameters()]
+            adapters = getattr(projection, families.ADAPTER_WRITES, {}).values()
+            found += [(p, 0) for adapter in adapters for p in adapter.parameters()]
         return found
 
     def columns(self, layer: int) -> list[tuple[torch.Tensor, int]]:
         """The same of the parameters that read them; the output projection's own weight comes first."""
         projection = self.outputs[layer]
-        adapters = getattr(projection, "lora_A", {}).values()
+        adapters = getattr(projection, families.ADAPTER_READS, {}).values()
         return [(_base(projection).weight, 1 - self.transposed), *((adapter.weight, 1) for adapter in adapters)]
 
 
@@ -111,7 +109,7 @@ def find_sites(model: nn.Module) -> Sites:
     if len(text) != 1:
         found = ", ".join(s.name for s in text) or "none"
         raise ModelError(
-            f"expected one stack of blocks with an FFN output projection ({', '.join(OUTPUT_NAMES)}) under "
+            f"expected one stack of blocks with an FFN output projection ({', '.join(families.OUTPUT_NAMES)}) under "
             f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
         )
     return Sites(text[0], vision)
@@ -125,13 +123,13 @@ def find_decoder(model: Any) -> Any:
     decoder = model.get_decoder()
     if decoder is model:  # GPT-2 in transformers 4
         decoder = model.base_model
-    return getattr(decoder, "text_model", decoder)  # Idefics3 in transformers 4
+    return getattr(decoder, families.INNER_DECODER, decoder)
 
 
 def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
     found = [_ffn(block) for block in blocks]
     for i, block in enumerate(blocks):
-        experts = [n for n, _ in block.named_parameters() if "experts" in n.split(".")]
+        experts = [n for n, _ in block.named_parameters() if families.EXPERTS in n.split(".")]
         if experts:
             raise ModelError(
                 f"{name}.{i} is a mixture of experts ({experts[0]}), whose neurons only some tokens reach; fused ones "
@@ -151,7 +149,7 @@ def _ffn(block: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module]
     outputs = []
     for name, module in _projections(block):
         *parents, own = name.split(".")
-        if own in OUTPUT_NAMES and any(p in FFN_NAMES for p in parents):
+        if own in families.OUTPUT_NAMES and any(p in families.FFN_NAMES for p in parents):
             outputs.append((".".join(parents), module))
     if len(outputs) != 1:
         return None
@@ -172,11 +170,11 @@ def _projections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 def _base(projection: Any) -> Any:
     """The projection itself inside PEFT's wrapper."""
-    return getattr(projection, "base_layer", projection)
+    return getattr(projection, families.ADAPTED, projection)
 
 
 def _is_transposed(projection: nn.Module) -> bool:
-    return type(_base(projection)).__name__ == "Conv1D"
+    return type(_base(projection)).__name__ in families.TRANSPOSED
 
 
 def _sizes(projection: nn.Module) -> tuple[int, int]:

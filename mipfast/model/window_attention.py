@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mipfast.model import families
 from mipfast.model.patching import replaced_attention
 
 # In transformers' registry. "flash" in a name is what makes its towers hand over the bounds of the windows and not cut
@@ -29,20 +30,18 @@ Groups = tuple[list[tuple[int, Tensor | None]], Tensor | None]
 def grouped_windows(model: nn.Module) -> Iterator[None]:
     """Every attention whose modules take cu_seqlens and run by sdpa. transformers runs it window by window: 16 windows
     in a picture of 1024 patches, times pictures and copies, are as many launches in every block."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa" and _takes_bounds(cast(Any, type(module))):
-            configs[id(config)] = config
-    if not configs:
-        yield
-        return
+    configs = {
+        id(module.config): cast(Any, module.config)
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == families.WINDOWED_ATTENTION
+        and _takes_bounds(type(module))
+    }
     with replaced_attention(configs.values(), NAME, partial(_attend, WeakTensorKeyDictionary())):
         yield
 
 
 def _takes_bounds(kind: Any) -> bool:
-    return "cu_seqlens" in inspect.signature(kind.forward).parameters
+    return families.WINDOW_BOUNDS in inspect.signature(kind.forward).parameters
 
 
 def _attend(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import DivergedError, InputError
+from mipfast.model import families
 from mipfast.model.batch import Batch, Labels, check_inputs, find_labels, image_token, without_labels
 from mipfast.model.head import base_model, label_states
 from mipfast.model.patching import removing
@@ -216,14 +217,12 @@ def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
     """Numbers in proportion to each sample's tokens in the vision tower."""
     ids = batch.get("input_ids")
     token = image_token(config)
-    if "image_sizes" in batch and hasattr(config, "image_grid_pinpoints"):
-        # LLaVA-NeXT and -OneVision: placeholders leave out what pads a crop, the tower does not
+    if families.PICTURE_SIZES in batch and hasattr(config, families.CROP_SIZES):
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        side, sizes = config.vision_config.image_size, batch["image_sizes"].tolist()
-        crops = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+        side, sizes = config.vision_config.image_size, batch[families.PICTURE_SIZES].tolist()
+        crops = [image_size_to_num_patches(size, getattr(config, families.CROP_SIZES), side) for size in sizes]
         return torch.tensor(crops, device=batch["labels"].device)
-    if ids is None or token is None or "aspect_ratio_ids" in batch:
-        # Mllama pads every sample to the same pictures and tiles
+    if ids is None or token is None or families.PADDED_TILES in batch:
         return torch.ones(len(batch["labels"]), dtype=torch.int64, device=batch["labels"].device)
     return (ids == token).sum(1)

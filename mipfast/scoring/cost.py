@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import InputError
+from mipfast.model.batch import merge_size
 from mipfast.model.families import auto_class
 from mipfast.model.sites import Stack, find_sites
 from mipfast.scoring.config import LocateConfig
@@ -62,7 +63,7 @@ class Shape:
             _tower(sites.text),
             _tower(vision) if vision else None,
             config.get_text_config().vocab_size,
-            getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1) ** 2,
+            (merge_size(config) or 1) ** 2,
             sum(p.numel() for p in model.parameters()),
             element_size,
         )

@@ -23,20 +23,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mipfast.model import families
 from mipfast.model.batch import without_labels
 from mipfast.model.head import base_model, label_states, with_states
 from mipfast.model.patching import removing, replaced_forward
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.prefix_attention import attending
 
-# Arguments whose batch dimension is not the first, and arguments without one. position_ids are [n,S] or [3,n,S].
-BATCH_DIM = {"position_ids": -2}
-UNTILED = ("cache_position", "logits_to_keep")
-BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves every sample
-PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
-STATES = ("hidden_states", "hidden_state")  # what blocks call their input
 _forward_mode_lock = threading.Lock()
-ROW_BY_ROW = ("q_proj", "o_proj")  # in a decoder's attention; keys and values of every token are seen by later ones
 
 
 class Replay:
@@ -255,7 +249,7 @@ class Replay:
 
         with ExitStack() as patches:
             if len(index) < tokens:
-                projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in ROW_BY_ROW)
+                projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in families.ROW_BY_ROW)
                 for module in (self.capture.last_ffn, *projections):
                     patches.enter_context(replaced_forward(module, partial(at_labels, native=module.forward)))
             yield
@@ -272,7 +266,7 @@ class Replay:
         return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
 
     def _output(self, state: torch.Tensor) -> Any:
-        if any(name in self._kwargs for name in PICTURES):
+        if any(name in self._kwargs for name in families.DEEPSTACK):
             state = state.clone()  # transformers 4's deepstack adds to it in place, and would corrupt the kept state
         return state if self.capture.extra_outputs is None else (state, *self.capture.extra_outputs)
 
@@ -294,7 +288,7 @@ def _state_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A block's arguments with the state, which some families name, in front."""
     if args:
         return args, kwargs
-    name = next(name for name in STATES if name in kwargs)
+    name = next(name for name in families.STATE_NAMES if name in kwargs)
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
@@ -319,34 +313,30 @@ def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:
         return {key: _tile(name, item, copies, num_samples) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_tile(name, item, copies, num_samples) for item in value)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in UNTILED:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
         return value
-    dim = BATCH_DIM.get(name, 0)
-    if name in BROADCASTS and value.shape[dim] == 1 and num_samples > 1:
+    dim = families.BATCH_DIM.get(name, 0)
+    if name in families.ONE_FOR_ALL and value.shape[dim] == 1 and num_samples > 1:
         return value
     times = [1] * value.ndim
     times[dim] = copies
     return value.repeat(times)
 
 
-# Arguments of decoders with a token dimension, and which it is.
-TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
-
-
 def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = False) -> dict[str, Any]:
     """A decoder's arguments for tokens start..stop; with pictures_follow none of them lies before start. Raises
-    ValueError for an argument that TOKEN_DIM does not know."""
+    ValueError for an argument that families.TOKEN_DIM does not know."""
     cut: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name == "attention_mask":
             cut[name] = None  # the recorded masks stand in
-        elif isinstance(value, torch.Tensor) and name in TOKEN_DIM:
-            cut[name] = value.narrow(TOKEN_DIM[name], start, stop - start)
-        elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in PICTURES):
+        elif isinstance(value, torch.Tensor) and name in families.TOKEN_DIM:
+            cut[name] = value.narrow(families.TOKEN_DIM[name], start, stop - start)
+        elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in families.DEEPSTACK):
             raise ValueError(f"how to cut the decoder's {name} is not known")
         else:
             cut[name] = value
     if cut.get("position_ids") is None:
-        some = next(v for k, v in kwargs.items() if k in TOKEN_DIM and isinstance(v, torch.Tensor))
+        some = next(v for k, v in kwargs.items() if k in families.TOKEN_DIM and isinstance(v, torch.Tensor))
         cut["position_ids"] = torch.arange(start, stop, device=some.device)[None]
     return cut

@@ -21,7 +21,7 @@ from mipfast.files import versions
 from mipfast.model.accelerated import frozen_linears
 from mipfast.model.batch import Batch, Labels, find_labels
 from mipfast.model.fused_ffn import fused_ffns
-from mipfast.model.patching import exclusive, frozen_eval, own_configs
+from mipfast.model.patching import frozen_eval, lock_of, own_configs
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.model.window_attention import grouped_windows
 from mipfast.scoring import memory
@@ -74,7 +74,7 @@ def locate(
     parts: list[Located] = []
     checked: set[str] = set()
     with (
-        exclusive(model),
+        lock_of(model),
         frozen_eval(model),
         own_configs(model),
         frozen_linears(model),
