@@ -84,7 +84,7 @@ def capture(
         return _capture(model, sites, stack, batch, positions, checked, record=False)
 
 
-def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
+def with_baseline(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
     """The capture with its activations measured from the mean over batches of theirs, the p-th chosen row of a sample
     from the p-th; one clean run each. Raises InputError for a batch of another shape or with other rows per sample."""
     means: list[torch.Tensor] = []
@@ -133,7 +133,7 @@ def _capture(
         if "rows" not in seen:
             counts = _tokens_per_sample(model, batch, labels.num_samples, len(flat), vision)
             seen["token_sample"] = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
-            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions)
+            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions, labels)
             seen["rows"] = Rows(rows.sample.to(flat.device), rows.index.to(flat.device))
         activations.append(flat[seen["rows"].index])
 

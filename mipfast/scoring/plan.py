@@ -19,7 +19,7 @@ ADDITIVE, SUFFIX = "additive", "suffix"  # found once per call: blocks add their
 
 def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
     """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
-    block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
+    block's output at its baseline, and with its neurons' contribution as states), or (capture, None) for native replay.
 
     The check compares blocks' outputs at the chosen rows with the clean run's: wrong where attention over the prefix is
     not what it was. It goes over all blocks, a forward pass of one copy, where clean_states says they are wanted or
@@ -45,12 +45,12 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
 
 
 def _block_is_additive(clean: Replay, layer: int) -> bool:
-    """Whether the next block's silent output plus its neurons' contribution is its clean output; takes it as a
-    state."""
+    """Whether the next block's output at its baseline plus its neurons' contribution is its clean output; takes
+    it as a state."""
     capture = clean.capture
     act, weight = capture.activations[layer], capture.stack.outputs[layer].weight
     own = act @ weight.T
-    state, _ = clean.silent(carry=False)
+    state, _ = clean.baseline_output(carry=False)
     if ADDITIVE not in capture.checked:
         # up to 16 times as loud, so that it is no rounding of the state: a norm behind the FFN hid there in bfloat16
         before = clean.at_rows(state)[0]
@@ -58,7 +58,7 @@ def _block_is_additive(clean: Replay, layer: int) -> bool:
         found, _ = clean._block(louder * act[None], None)
         if not _close(clean.at_rows(found)[0], before + louder * own, roundings=4):
             return False
-    clean.silents.append(state)
+    clean.baseline_outputs.append(state)
     clean.push(clean.add_rows(state, own[None]), None)
     return _close(clean.at_rows(clean.states[-1])[0], capture.outputs[layer])
 

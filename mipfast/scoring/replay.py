@@ -5,8 +5,8 @@ what they returned when the path was advanced over them. Copies are step-major (
 knowledge of a family: repeating whatever is concatenated over samples is always right.
 
 Two ways past a block. Natively, its FFN's inner activations are overwritten by a hook. Where the block adds its FFN's
-output to what else it does, it is enough to run it once with the neurons silent (at their baseline, where the capture
-has one) and to add the rest of their contribution to its output: then the block is never differentiated, and the path
+output to what else it does, it is enough to run it once with the neurons at their baseline (zero, where the capture has
+none) and to add the rest of their contribution to its output: then the block is never differentiated, and the path
 advances for free. `plan` tries which of them is exact.
 """
 
@@ -36,8 +36,8 @@ _forward_mode_lock = threading.Lock()
 class Replay:
     """m copies of the captured batch, with the states of the blocks the path has advanced over.
 
-    silents[l] is block l's output with its neurons silent, where `plan` went over it; tangents[l] is d state[l] / d
-    alpha along the path, for the completeness residual; None where not carried."""
+    baseline_outputs[l] is block l's output with its neurons at their baseline, where `plan` went over it; tangents[l]
+    is d state[l] / d alpha along the path, for the completeness residual; None where not carried."""
 
     def __init__(self, capture: Capture, copies: int):
         self.capture, self.copies = capture, copies
@@ -45,7 +45,7 @@ class Replay:
         self._index = (offsets[:, None] + capture.rows.index).flatten()
         self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
         self.states: list[torch.Tensor] = []
-        self.silents: list[torch.Tensor] = []
+        self.baseline_outputs: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
         self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
 
@@ -64,7 +64,7 @@ class Replay:
         """Logits [m·n,q,V] of copies that leave one run of the blocks, states of a single copy, at the m last of them:
         the j-th of these blocks returned starts[j] to copy j, and all that follow are copy j's own."""
         first = len(states) - len(starts)
-        self.states = [copied(state, self.copies) for state in states[:first]]
+        self.states = [repeated(state, self.copies) for state in states[:first]]
         self.states.append(torch.cat([starts[0], *[states[first]] * (self.copies - 1)]))
         with ExitStack() as patches:
             for j, block in enumerate(self.capture.stack.blocks[first + 1 : len(states)], 1):
@@ -122,9 +122,9 @@ class Replay:
             part.push(state.detach()[rows], None if tangent is None else tangent[rows])
         return part
 
-    def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output of the next block with its neurons at the chosen positions silent, and with carry its derivative by
-        alpha."""
+    def baseline_output(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output of the next block with its neurons at the chosen positions at their baseline, and with carry its
+        derivative by alpha."""
         act = self.capture.activations[len(self.states)]
         nothing = act.new_zeros(self.copies, *act.shape)
         return self._block(nothing, torch.zeros_like(nothing) if carry else None)
@@ -303,7 +303,7 @@ class _Reached(Exception):
     """Ends a forward pass at a block whose arguments were wanted."""
 
 
-def copied(state: torch.Tensor, copies: int) -> torch.Tensor:
+def repeated(state: torch.Tensor, copies: int) -> torch.Tensor:
     """The states of one copy, repeated."""
     return state.repeat(copies, *[1] * (state.ndim - 1))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,13 @@ from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.files import versions
-from mipfast.model.accelerated import frozen_linears
-from mipfast.model.batch import Batch, Labels, find_labels
-from mipfast.model.fused_ffn import fused_ffns
-from mipfast.model.patching import frozen_eval, lock_of, own_configs
+from mipfast.model.accelerated import accelerated
+from mipfast.model.batch import Batch, Labels
+from mipfast.model.patching import frozen_eval, lock_of
 from mipfast.model.sites import Sites, Stack, find_sites
-from mipfast.model.window_attention import grouped_windows
 from mipfast.scoring import memory
 from mipfast.scoring.attribution import Attribution
-from mipfast.scoring.capture import Capture, capture, from_mean
+from mipfast.scoring.capture import Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
 from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
@@ -72,18 +70,11 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    checked: set[str] = set()
-    with (
-        lock_of(model),
-        frozen_eval(model),
-        own_configs(model),
-        frozen_linears(model),
-        fused_ffns(sites.stacks),
-        grouped_windows(model),
-    ):
+    call = _Call(model, sites, stack, config, nodes, weights)
+    with lock_of(model), frozen_eval(model), accelerated(model, sites.stacks):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
-                parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts, checked))
+                parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
@@ -161,42 +152,65 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
 Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor, set[int]]
 
 
-def _with_memory(
-    model: nn.Module,
-    sites: Sites,
-    stack: Stack,
-    batch: Batch,
-    others: Sequence[Batch],
-    config: LocateConfig,
-    nodes: torch.Tensor,
-    weights: torch.Tensor,
-    first: bool,
-    checked: set[str],
-) -> Located:
+@dataclass(frozen=True)
+class _Call:
+    """What is the same for every batch of a call; checked: what `plan` has found out about the model."""
+
+    model: nn.Module
+    sites: Sites
+    stack: Stack
+    config: LocateConfig
+    nodes: torch.Tensor
+    weights: torch.Tensor
+    checked: set[str] = field(default_factory=set)
+
+
+def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool) -> Located:
     """One batch, with as many steps per replay as memory holds; in halves where it does not hold one."""
+    config = call.config
     measure = config.residuals == "all" or (config.residuals == "first" and first)
     assert config.positions is not None
-    n = len(find_labels(batch).mask)
     try:
-        captured = capture(model, sites, stack, batch, config.positions, checked)
+        captured = capture(call.model, call.sites, call.stack, batch, config.positions, call.checked)
         if others:
-            captured = from_mean(captured, sites, others, config.positions)
-        steps = min(len(nodes), memory.copies_that_fit(captured, config.memory_budget))
-        if steps or n == 1:
-            return _search(captured, config, nodes, weights, max(steps, 1), measure)
+            captured = with_baseline(captured, call.sites, others, config.positions)
+        steps = min(len(call.nodes), memory.copies_that_fit(captured, config.memory_budget))
+        if steps or captured.num_samples == 1:
+            search = _search if config.combine == "sum" else _joint
+            return search(captured, config, call.nodes, call.weights, max(steps, 1), measure)
     except torch.OutOfMemoryError as error:
-        if n == 1:
+        if len(batch["labels"]) == 1:
             raise InputError(
                 f"one step of one sample of {batch['labels'].shape[1]} tokens does not fit into memory; shorten it, or "
                 "choose a smaller dtype"
             ) from error
-    log.warning("%d samples do not fit into memory at once: going on with halves of them", n)
-    parts = [
-        _with_memory(model, sites, stack, half, half_others, config, nodes, weights, first, checked)
-        for half, *half_others in zip(*(memory.halves(b, model.config) for b in (batch, *others)), strict=True)
-    ]
+    log.warning("%d samples do not fit into memory at once: going on with halves of them", len(batch["labels"]))
+    halves = zip(*(memory.halves(b, call.model.config) for b in (batch, *others)), strict=True)
+    parts = [_with_memory(call, half, half_others, first) for half, *half_others in halves]
     scores, paths, residuals, counts, dead = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(paths), sum(residuals, []), torch.cat(counts), set().union(*dead)
+
+
+def _joint(
+    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool
+) -> Located:
+    """Joint scores, NeuronPath's or the released code's, which have no completeness to measure."""
+    released = config.combine == "released"
+    if released and config.modality == "vision":
+        scores, path, dead = released_vision(captured, len(nodes), config.top_k)
+    else:
+        # at token 0, where the released code looks, there is no prefix to spare
+        route = captured if released else plan(captured, clean_states=False)[0]
+        scores, path, dead = joint_search(
+            route,
+            nodes.split(steps),
+            weights.split(steps),
+            partial(objective_value, labels=route.labels, objective=config.objective),
+            config.top_k,
+            greedy=config.search == "greedy",
+            released=released,
+        )
+    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu(), dead
 
 
 def _search(
@@ -206,22 +220,9 @@ def _search(
     n, device = captured.num_samples, captured.rows.sample.device
     groups = captured.rows.groups(n)
     counts = torch.bincount(captured.rows.sample, minlength=n)  # rows are sorted by sample
-
-    def value_of(logits: torch.Tensor) -> torch.Tensor:
-        return objective_value(logits, captured.labels, config.objective)
-
-    if config.combine != "sum":
-        if (config.modality, config.combine) == ("vision", "released"):
-            joint = released_vision(captured, len(nodes), config.top_k)
-        else:
-            # at token 0, where the released code looks, there is no prefix to spare
-            route = captured if config.combine == "released" else plan(captured, clean_states=False)[0]
-            options = config.top_k, config.search == "greedy", config.combine == "released"
-            joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
-        return joint[0], joint[1], [None] * n, captured.labels.mask.sum(1).cpu(), joint[2]
-
+    value_of = partial(objective_value, labels=captured.labels, objective=config.objective)
     independent = config.search != "greedy"
-    node_groups, silent = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
+    node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
     full = value_of(captured.logits)
 
     def scored(group: NodeGroup, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
@@ -231,11 +232,11 @@ def _search(
     scores, paths, totals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
-        s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
+        s2, carried, has_gradient = torch.zeros_like(s1), torch.zeros_like(full), False
         for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
             carried += group.weights.to(carried) @ along_path
             if part is not None:
-                found = True
+                has_gradient = True
                 for total, new in zip((s1, s2), part, strict=True):
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
         totals.append(s1.sum(1) + carried)
@@ -245,20 +246,20 @@ def _search(
                 f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}"
             )
         path = score.sort(dim=1, descending=True, stable=True).indices[:, : config.top_k]
-        if not found:
+        if not has_gradient:
             dead.add(layer)
             path = torch.full_like(path, -1)
         scores.append(score.float())
         paths.append(path)
         scaled = None if independent else path[captured.rows.sample]
-        if silent:
-            silent.advance(act, scaled)
+        if zero_node:
+            zero_node.advance(act, scaled)
         if layer + 1 < captured.stack.num_layers:
             for group in node_groups:
                 group.advance(act, scaled)
     residuals: list[Any] = [None] * n
-    if silent:
-        change = full - silent.values(steps, value_of)
+    if zero_node:
+        change = full - zero_node.values(steps, value_of)
         off = (torch.stack(totals) - change).abs()
         residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
     counted = captured.labels.mask.sum(1).cpu()
