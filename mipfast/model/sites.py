@@ -17,21 +17,26 @@ from mipfast.model.patching import unwrapped
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One tower of blocks. name: dotted name of its ModuleList; ffns[l]: the module around block l's projections;
-    inputs[l]: the projections that write its neurons (gate and up, or fc1); outputs[l]: the one that reads them.
-    transposed: weights are [in, out], as in GPT-2's Conv1D, and not [out, in]. A projection may be PEFT's wrapper of
-    one."""
+    """One tower of blocks with an FFN each. A projection may be PEFT's wrapper of one. See `find_sites`."""
 
     name: str
+    """Dotted name of the blocks' ModuleList in the model without wrappers."""
     blocks: tuple[nn.Module, ...]
+    """The blocks, first to last."""
     ffns: tuple[nn.Module, ...]
+    """Of every block the module around its FFN's projections."""
     inputs: tuple[tuple[Any, ...], ...]
+    """Of every block the projections that write its neurons: gate and up, or fc1."""
     outputs: tuple[Any, ...]
+    """Of every block the projection that reads its neurons."""
     num_neurons: int
+    """Neurons of one block, the width of what its output projection reads."""
     transposed: bool
+    """Whether weights are [in, out], as in GPT-2's Conv1D, and not [out, in]."""
 
     @property
     def num_layers(self) -> int:
+        """How many blocks there are."""
         return len(self.blocks)
 
     def rows(self, layer: int) -> list[tuple[torch.Tensor, int]]:
@@ -56,13 +61,16 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class Sites:
-    """text: the language model's stack; vision: every other stack with FFNs."""
+    """A model's stacks; `sites[name]` is the one of that name. See `find_sites`."""
 
     text: Stack
+    """The language model's."""
     vision: list[Stack]
+    """Every other stack with FFNs, in the model's order."""
 
     @property
     def stacks(self) -> list[Stack]:
+        """All of them, text first."""
         return [self.text, *self.vision]
 
     def __getitem__(self, name: str) -> Stack:
@@ -94,9 +102,31 @@ class Sites:
 
 
 def find_sites(model: nn.Module) -> Sites:
-    """The FFN stacks of a transformers model: every ModuleList whose blocks each hold one FFN output projection.
+    """Find a model's FFN neurons: every ModuleList whose blocks each hold one FFN output projection is a stack.
 
-    Raises ModelError where there is none, or a mixture of experts."""
+    Neuron (l, j) is channel j of the input of block l's output projection. What projections are called is in
+    model/families.py; docs/families.md says what to do for a family that is not found.
+
+    Args:
+        model: a transformers causal language model, perhaps with vision towers, perhaps inside PEFT's wrapper. It may
+            be on the meta device.
+
+    Returns:
+        The text stack and the vision stacks, named as in the model without its wrapper.
+
+    Raises:
+        ModelError: where the language model has no such stack or several, for blocks of different widths, and for a
+            mixture of experts.
+
+    Example:
+        >>> from mipfast import find_sites
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+        >>> text = find_sites(model).text
+        >>> text.name, text.num_layers, text.num_neurons
+        ('model.layers', 2, 24)
+    """
     model = unwrapped(model)
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}

@@ -44,18 +44,45 @@ def locate(
 ) -> Attribution:
     """Score every FFN neuron of one tower for every sample, and follow the influential path.
 
-    batch: what model(**batch) takes, with labels [n,S] (-100 = not scored), or an iterable of such. overrides: fields
-    of LocateConfig. The model is left as it was found.
+    MIP-Editor (arXiv 2511.06793) 3.1-3.2. With a_lpj the clean activation of neuron j at position p in layer l, and
+    nodes alpha_k with weights w_k on [0, 1], IGI is score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj, and IFI is
+    sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the clean activations stand at the chosen positions with the
+    path's entries times alpha_k; in layer l alpha_k times all. docs/search.md says how exact and how dear each search
+    is.
 
-    IGI: score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj. IFI: sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the
-    clean activations stand at the chosen positions with the path's entries times alpha_k; in layer l alpha_k times all.
+    The model is left as it was found. Threads may locate at the same time: on two models side by side, on one model one
+    after the other.
 
-    counterfactuals: batches aligned with the one batch (labels of its shape, as many chosen positions per sample), such
-    as the same questions about other people. With b the mean of their clean activations, b + alpha_k (a - b) stands
-    wherever alpha_k a stood, and IGI multiplies by a - b: what the batches share scores nothing. Costs one forward pass
-    per batch; only with combine="sum".
+    Args:
+        model: a transformers model, in whatever mode; see `find_sites`.
+        batch: what model(**batch) takes, with labels [n,S] int64 (-100 = not scored), or an iterable of such.
+        config: how neurons are scored; None is LocateConfig().
+        counterfactuals: batches aligned with the one batch (labels of its shape, as many chosen positions per sample),
+            such as the same questions about other people. With b the mean of their clean activations,
+            b + alpha_k (a - b) stands wherever alpha_k a stood, and IGI multiplies by a - b: what the batches share
+            scores nothing. Costs one forward pass per batch; only with combine="sum".
+        **overrides: fields of LocateConfig, in place of config's.
 
-    Raises InputError, ModelError or DivergedError (see `mipfast.errors`).
+    Returns:
+        Scores [n,L,F] float32 and path [n,L,k] int64 of all batches' samples in order, on the CPU, and a report.
+
+    Raises:
+        InputError: for a config or a batch that cannot be used, or one sample that does not fit into memory.
+        ModelError: for a model without known FFNs.
+        DivergedError: for activations or scores that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import locate
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+        >>> batch = {"input_ids": torch.tensor([[5, 7, 9, 11]]), "labels": torch.tensor([[-100, -100, -100, 11]])}
+        >>> found = locate(model, batch, top_k=3)
+        >>> found.scores.shape, found.path.shape
+        (torch.Size([1, 2, 24]), torch.Size([1, 2, 3]))
+        >>> found.path[0, 0, 0] == found.scores[0, 0].argmax()
+        tensor(True)
     """
     try:
         config = replace(config or LocateConfig(), **overrides).resolved()
