@@ -42,15 +42,15 @@ class Stack:
     def rows(self, layer: int) -> list[tuple[torch.Tensor, int]]:
         """The parameters that write block l's neurons, biases and LoRA's B among them, each with the dimension along
         which the neurons lie."""
-        found: list[tuple[torch.Tensor, int]] = []
+        parameters: list[tuple[torch.Tensor, int]] = []
         for projection in self.inputs[layer]:
             base = _base(projection)
-            found.append((base.weight, int(self.transposed)))
+            parameters.append((base.weight, int(self.transposed)))
             if base.bias is not None:
-                found.append((base.bias, 0))
+                parameters.append((base.bias, 0))
             adapters = getattr(projection, families.ADAPTER_WRITES, {}).values()
-            found += [(p, 0) for adapter in adapters for p in adapter.parameters()]
-        return found
+            parameters += [(p, 0) for adapter in adapters for p in adapter.parameters()]
+        return parameters
 
     def columns(self, layer: int) -> list[tuple[torch.Tensor, int]]:
         """The same of the parameters that read them; the output projection's own weight comes first."""
@@ -157,7 +157,7 @@ def find_decoder(model: Any) -> Any:
 
 
 def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
-    found = [_ffn(block) for block in blocks]
+    parts = [_ffn(block) for block in blocks]
     for i, block in enumerate(blocks):
         experts = [n for n, _ in block.named_parameters() if families.EXPERTS in n.split(".")]
         if experts:
@@ -165,9 +165,9 @@ def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
                 f"{name}.{i} is a mixture of experts ({experts[0]}), whose neurons only some tokens reach; fused ones "
                 "have no projection to score them at. Not supported; use a dense model"
             )
-    if any(ffn is None for ffn in found):
+    if any(ffn is None for ffn in parts):
         return None
-    ffns, inputs, outputs = zip(*found, strict=True)
+    ffns, inputs, outputs = zip(*parts, strict=True)
     widths = sorted({_sizes(output)[0] for output in outputs})
     if len(widths) > 1:
         raise ModelError(f"the FFNs of {name} have different widths {widths}; expected one width per stack")

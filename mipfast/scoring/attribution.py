@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mipfast.errors import DivergedError
 from mipfast.files import load_artefact, save_artefact
 
 
@@ -57,6 +58,14 @@ class Attribution:
         """
         tensors, report = load_artefact(folder, "attribution", tensors=("scores", "path"), facts=("stack", "config"))
         return cls(tensors["scores"], tensors["path"], report)
+
+
+def strongest(score: torch.Tensor, top_k: int, layer: str, dtype: torch.dtype) -> torch.Tensor:
+    """The neurons [n,k] of the largest scores [n,F] of a layer, descending, ties to the lowest index. Raises
+    DivergedError where a score is not finite; dtype: of the activations that it came from."""
+    if not bool(score.isfinite().all()):
+        raise DivergedError(f"scores of {layer} are not finite; try a wider dtype than {dtype}")
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def per_label(attribution: Attribution) -> torch.Tensor:

@@ -62,12 +62,12 @@ def with_oom_halving(node_groups: list[NodeGroup], work: Callable[[Any], Result]
     while i < len(node_groups):
         group = node_groups[i]
         try:
-            found = work(group)
+            result = work(group)
         except torch.OutOfMemoryError:
             if group.replay.copies == 1:
                 raise
         else:
-            yield group, found
+            yield group, result
             i += 1
             continue
         # outside `except`: while the exception is alive, its traceback keeps the tensors in memory
@@ -266,13 +266,13 @@ class ZeroNode:
 
     def values(self, copies: int, value_of: Objective) -> torch.Tensor:
         """F [L,n] with each layer at its baseline, up to copies of them in one pass."""
-        replay, found = self._group.replay, []
+        replay, values = self._group.replay, []
         for first in range(0, len(self._starts), copies):
             starts = self._starts[first : first + copies]
             with torch.no_grad():
                 logits = Replay(replay.capture, len(starts)).staggered(replay.states[: first + len(starts)], starts)
-            found.append(value_of(logits).view(len(starts), -1))
-        return torch.cat(found)
+            values.append(value_of(logits).view(len(starts), -1))
+        return torch.cat(values)
 
 
 def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -55,8 +55,8 @@ def _block_is_additive(clean: Replay, layer: int) -> bool:
         # up to 16 times as loud, so that it is no rounding of the state: a norm behind the FFN hid there in bfloat16
         before = clean.at_rows(state)[0]
         louder = (before.norm(dim=1) / own.norm(dim=1).clamp(min=torch.finfo(own.dtype).tiny)).clamp(1, 16)[:, None]
-        found, _ = clean._block(louder * act[None], None)
-        if not _close(clean.at_rows(found)[0], before + louder * own, roundings=4):
+        output, _ = clean._block(louder * act[None], None)
+        if not _close(clean.at_rows(output)[0], before + louder * own, roundings=4):
             return False
     clean.baseline_outputs.append(state)
     clean.push(clean.add_rows(state, own[None]), None)

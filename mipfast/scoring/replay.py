@@ -109,9 +109,9 @@ class Replay:
             value = objective(self._entered())
             if not value.requires_grad:
                 return [None] * len(outputs), [None] * len(entered)
-            found = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)
-        total: list[torch.Tensor | None] = list(found[: len(outputs)])
-        pairs = zip(total, found[len(outputs) :], strict=False)
+            gradients = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)
+        total: list[torch.Tensor | None] = list(gradients[: len(outputs)])
+        pairs = zip(total, gradients[len(outputs) :], strict=False)
         return total, [t if u is None or t is None else None if t.equal(u) else t - u for t, u in pairs]
 
     def part(self, start: int, stop: int) -> Replay:
@@ -244,8 +244,8 @@ class Replay:
             rows = hidden.reshape(-1, hidden.shape[-1])
             if len(rows) != tokens:
                 return native(hidden)
-            found = native(rows[None, index])[0]
-            return found.new_zeros(tokens, found.shape[-1]).index_copy(0, index, found).view(*hidden.shape[:-1], -1)
+            output = native(rows[None, index])[0]
+            return output.new_zeros(tokens, output.shape[-1]).index_copy(0, index, output).view(*hidden.shape[:-1], -1)
 
         with ExitStack() as patches:
             if len(index) < tokens:

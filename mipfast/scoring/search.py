@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mipfast.errors import DivergedError, InputError
+from mipfast.errors import InputError
 from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import Batch, Labels
 from mipfast.model.patching import frozen_eval, lock_of
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.scoring import memory
-from mipfast.scoring.attribution import Attribution
+from mipfast.scoring.attribution import Attribution, strongest
 from mipfast.scoring.capture import Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
@@ -106,10 +106,10 @@ def locate(
                 raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
         raise InputError("no batch to locate on: the iterable was empty")
-    scores, paths, residuals, counts, dead = zip(*parts, strict=True)
+    scores, path, residuals, counts, dead = _joined(parts)
     return Attribution(
-        torch.cat(scores),
-        torch.cat(paths),
+        scores,
+        path,
         {
             "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
             "approximate": config.search == "one-pass",
@@ -118,9 +118,9 @@ def locate(
             "stack": stack.name,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
-            "residuals": [row for part in residuals for row in part],
-            "num_labels": torch.cat(counts).tolist(),
-            "layers_without_gradient": sorted(set().union(*dead)),
+            "residuals": residuals,
+            "num_labels": counts.tolist(),
+            "layers_without_gradient": sorted(dead),
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
@@ -156,10 +156,10 @@ def _counterfactuals(
         raise InputError("counterfactuals are of one batch, found an iterable of batches; call locate once for each")
     if config.combine != "sum":
         raise InputError(f"combine={config.combine!r} is defined from zero; use combine='sum', or no counterfactuals")
-    found = [given] if isinstance(given, Mapping) else list(given)
-    if not found:
+    others = [given] if isinstance(given, Mapping) else list(given)
+    if not others:
         raise InputError("no counterfactual batch: the iterable was empty; leave it out for the zero baseline")
-    return found
+    return others
 
 
 def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
@@ -213,9 +213,14 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
             ) from error
     log.warning("%d samples do not fit into memory at once: going on with halves of them", len(batch["labels"]))
     halves = zip(*(memory.halves(b, call.model.config) for b in (batch, *others)), strict=True)
-    parts = [_with_memory(call, half, half_others, first) for half, *half_others in halves]
+    return _joined([_with_memory(call, half, half_others, first) for half, *half_others in halves])
+
+
+def _joined(parts: list[Located]) -> Located:
+    """One after the other."""
     scores, paths, residuals, counts, dead = zip(*parts, strict=True)
-    return torch.cat(scores), torch.cat(paths), sum(residuals, []), torch.cat(counts), set().union(*dead)
+    rows = [row for part in residuals for row in part]
+    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts), set().union(*dead)
 
 
 def _joint(
@@ -268,11 +273,7 @@ def _search(
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
         totals.append(s1.sum(1) + carried)
         score = s1 if config.score == "igi" else s2
-        if not bool(score.isfinite().all()):
-            raise DivergedError(
-                f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}"
-            )
-        path = score.sort(dim=1, descending=True, stable=True).indices[:, : config.top_k]
+        path = strongest(score, config.top_k, f"{captured.stack.name} layer {layer}", act.dtype)
         if not has_gradient:
             dead.add(layer)
             path = torch.full_like(path, -1)
