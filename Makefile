@@ -1,4 +1,4 @@
-# `make demo`, `make test`: a fresh machine with Python >= 3.11 needs nothing else.
+# `make demo`, `make test`, `make slow`: a fresh machine with Python >= 3.11 needs nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,14 +7,19 @@ STAMP := $(VENV)/.mipfast-installed
 # two idle OpenMP threads that spin on a busy core cost 50x (23 ms -> 1278 ms)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench lint
+.PHONY: demo test slow bench lint
 
 demo: $(STAMP)
 	$(BIN)/mipfast demo
 
 # every test computes on one thread; a file stays in one process, for its fixtures
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 test: $(STAMP)
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m 'not slow'
+
+# what takes minutes: all kernels compiled for four GPUs, a CUDA build, runs that are killed, evidence
+slow: $(STAMP)
+	$(PYTEST) -m slow
 
 # what takes a CPU less than 5 minutes; all of it is `pytest bench`
 QUICK := not (test_bench_locate and (vision or captum or memory)) and not (test_bench_misdirect.py and (memory or 32 or all)) and not (test_bench_linear and 512)

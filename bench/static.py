@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mipfast_kernels.misdirection_loss import misdirection_gradient, misdirection_loss
-from mipfast_kernels.project_accumulate import TILES, fused
+from mipfast_kernels.project_accumulate import TILES, project_accumulate
 from mipfast_kernels.riemann_accumulate import riemann_accumulate
 from mipfast_kernels.riemann_interpolate import riemann_interpolate
 from mipfast_kernels.riemann_project import riemann_project
@@ -88,7 +88,7 @@ def cases(arch):
             grad, act = tensor(STEPS, 1024, HIDDEN, dtype=dtype), tensor(1024, neurons, dtype=dtype)
             for tile in TILES[arch][dtype.itemsize]:
                 case = f"{label}, tile {'x'.join(map(str, tile[:3]))}, {tile[3]} warps"
-                product = partial(fused_by, arch, tile, grad, weight, steps, act)
+                product = partial(project_with_tile, arch, tile, grad, weight, steps, act)
                 yield f"{case}, summed", partial(product, 1)
                 if neurons == NEURONS[0]:
                     yield f"{case}, rows kept", partial(product, 1024)
@@ -100,9 +100,9 @@ def cases(arch):
         yield name, lambda a=act: swiglu_gradients(a, a, a)
 
 
-def fused_by(arch, tile, *args):
+def project_with_tile(arch, tile, *args):
     with mock.patch.dict(TILES[arch], {args[0].element_size(): [tile]}):
-        fused(*args)
+        project_accumulate(*args)
 
 
 launched = []

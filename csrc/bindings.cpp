@@ -15,8 +15,8 @@ using mipfast::Dtype;
 
 namespace {
 
-// Addresses, not tensors: one binary serves every torch, and mipfast/ops.py and products.py have checked what they
-// point to.
+// Addresses, not tensors: one binary serves every torch. mipfast/ops has checked what they point to, and calls these
+// functions by backends.call_extension.
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);

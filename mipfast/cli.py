@@ -1,85 +1,79 @@
-"""The `mipfast` command."""
+"""The `mipfast` command.
+
+tyro makes the options: of a command's arguments, and of a config's fields, whose sentences beside them are the help. It
+repeats an option for a list (--group A --group B), which jsonargparse does not, and needs no second declaration of a
+field, which typer does.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field, make_dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import typer
+import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from tyro.conf import DisallowNone, Fixed, Positional, Suppress, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
-from mipfast.errors import MipfastError
+from mipfast.errors import InputError, MipfastError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Find the neurons that carry a piece of knowledge in a multimodal model, and make the model forget it.",
-)
 console = Console()
 
 # what several commands share
-Model = Annotated[str, typer.Option(help="Model folder or Hub id; its code is never run.")]
-Source = Annotated[str, typer.Option("--data", help="Benchmark: a folder of TABLE/*.parquet, or its Hub id.")]
-Names = Annotated[
-    str | None,
-    typer.Option(help="MLLMU-Bench source with the people's names: tables of picture questions are asked in text too."),
-]
-Some = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Records of each table and modality, drawn by the seed.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Records per batch.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (the folder's), float32, bfloat16 or float16.")]
+Model = Annotated[str, arg(help="Model folder or Hub id; its code is never run.")]
+Tables = Annotated[list[str], UseAppendAction]
 TABLES = "A table of --data, or SOURCE/TABLE for one elsewhere; may be given several times."
+Seed = Annotated[int, arg(help="Of everything that is drawn.")]
+Device = Annotated[str | None, arg(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], arg(help="Of the weights; auto is the folder's own.")
+]
 
 
-@app.callback()
-def _setup() -> None:
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
-        force=True,
-    )
-    logging.getLogger("mipfast").setLevel(logging.INFO)
+def fields_of(kind: str, **changes: Any) -> Any:
+    """The fields of one of mipfast's configs as options, but for changes: {field: another annotation}. The config is
+    imported when its command is called, and not for the help of all."""
+
+    def made() -> type:
+        module, name = kind.rsplit(".", 1)
+        config = getattr(import_module(f"mipfast.{module}"), name)
+        changed = []
+        for one, hint in changes.items():
+            given = config.__dataclass_fields__[one]
+            default = MISSING if given.default == "" else given.default  # an empty text is none: it must be given
+            changed.append((one, hint, field(default=default, default_factory=given.default_factory, kw_only=True)))
+        return make_dataclass(name, changed, bases=(config,), frozen=True)
+
+    return arg(name="", constructor_factory=made)
 
 
-@app.command()
+def _positions(given: list[str]) -> str | list[int]:
+    """A name, or indices separated by commas."""
+    return [int(index) for index in given[0].split(",") if index] if given[0].replace(",", "").isdigit() else given[0]
+
+
+HIDDEN = Suppress[Fixed[Any]]
+POSITIONS = Annotated[
+    Any, PrimitiveConstructorSpec(1, "NAME|0,1,..", _positions, lambda value: True, lambda value: [str(value)])
+]
+DATA = fields_of("experiment.config.Data", source=Annotated[str, arg(name="data")], groups=HIDDEN)
+
+
 def demo(
-    seeds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="How many forget sets to run; several give mean ± sd. 1, with --full 3.",
-            show_default=False,
-        ),
-    ] = None,
-    forget: Annotated[float, typer.Option(help="Share of the people to forget: 0.05, 0.10 or 0.15.")] = 0.10,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the report, the pictures and the edited model: demo-report, with --full demo-full.",
-            show_default=False,
-        ),
-    ] = None,
-    retrain: Annotated[
-        bool, typer.Option("--retrain", help="Train the base model from nothing first (minutes).")
-    ] = False,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first forget set; 0-2 have a retrained reference.")] = 0,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full",
-            help="All methods, attacks and ablations, half an hour. Killed at any moment, the same command goes on.",
-        ),
-    ] = False,
+    seeds: int | None = None,
+    forget: float = 0.10,
+    out: Path | None = None,
+    retrain: bool = False,
+    first_seed: int = 0,
+    full: bool = False,
 ) -> None:
     """Make a tiny Qwen2.5-VL forget invented people, beside every control.
 
@@ -90,6 +84,14 @@ def demo(
     With --full also the baselines, what attacks bring back, and how direction, shared modalities and settings matter:
     OUT/README.md has every table and picture, OUT/cells what is finished. Changed settings make only their own cells
     again; after a change of code remove them.
+
+    Args:
+        seeds: How many forget sets to run; several give mean ± sd. None is 1, with --full 3.
+        forget: Share of the people to forget: 0.05, 0.10 or 0.15.
+        out: Folder for the report, the pictures and the edited model; None is demo-report, with --full demo-full.
+        retrain: Train the base model from nothing first (minutes).
+        first_seed: The first forget set; 0-2 have a retrained reference.
+        full: All methods, attacks and ablations, half an hour. Killed at any moment, the same command goes on.
     """
     import torch
 
@@ -102,15 +104,15 @@ def demo(
     from mipfast.demo.run import run
 
     if forget not in (0.05, 0.10, 0.15):
-        raise typer.BadParameter(f"{forget}: expected 0.05, 0.10 or 0.15", param_hint="--forget")
+        raise InputError(f"--forget {forget}; expected 0.05, 0.10 or 0.15")
+    if first_seed < 0 or (seeds is not None and seeds < 1):
+        raise InputError(f"--first-seed {first_seed}, --seeds {seeds}; expected at least 0, and at least 1")
     if full and retrain:
-        raise typer.BadParameter(
-            "--full judges the shipped model beside its retrained references", param_hint="--retrain"
-        )
+        raise InputError("--retrain; expected none: --full judges the shipped model beside its retrained references")
     if full and forget != 0.10:
-        raise typer.BadParameter(
-            f"{forget}: --full forgets 0.10, what the retrained references never saw, and sweeps 0.05 and 0.15 itself",
-            param_hint="--forget",
+        raise InputError(
+            f"--forget {forget}; expected none: --full forgets 0.10, what the retrained references never saw, and "
+            "sweeps 0.05 and 0.15 itself"
         )
     torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
     _quiet_transformers()
@@ -129,20 +131,19 @@ def demo(
     console.print(f"{results['seconds']['all']:.0f} s. {what}: [bold]{out}[/bold]")
 
 
-@app.command()
-def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs or evaluations.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md and the pictures.")] = Path("report"),
-) -> None:
+def report(folders: Positional[list[Path]], out: Path = Path("report")) -> None:
     """Compare runs: what each forgot and kept in text and in pictures, and what is wrong with it.
 
     Runs that differ in the seed alone become one row, mean ± sd. Beside the metrics stand the forgetting rate and the
     retention relative to the run's own vanilla model. report.html is one file with everything in it.
+
+    Args:
+        folders: Folders of finished runs or evaluations.
+        out: Folder for report.html, report.md and the pictures.
     """
     _report(folders, out)
 
 
-@app.command()
 def doctor() -> None:
     """Show versions, the GPU, and every kernel backend with the reason where one is off."""
     import torch
@@ -162,62 +163,50 @@ def doctor() -> None:
     console.print(table)
 
 
-@app.command()
 def locate(
     model: Model,
-    data: Annotated[str, typer.Option(help="JSONL file of samples, as above; with --group a benchmark.")],
-    out: Annotated[Path, typer.Option(help="Folder for the scores; one that holds an unfinished run goes on.")],
-    group: Annotated[list[str] | None, typer.Option(help=TABLES)] = None,
-    modality: Annotated[str, typer.Option(help="Tower to score: text or vision.")] = "text",
-    objective: Annotated[str, typer.Option(help="logprob, prob, log_odds or loss.")] = "logprob",
-    positions: Annotated[
-        str | None, typer.Option(help="last_prompt, answer, first, prompt, all, or indices such as 0,1; vision all.")
-    ] = None,
-    n_steps: Annotated[int | None, typer.Option(help="Quadrature nodes; text 4, vision 2.")] = None,
-    top_k: Annotated[int, typer.Option(help="Neurons the path keeps per layer.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
-    aggregate: Annotated[
-        bool, typer.Option("--aggregate", help="Keep only running sums: one small file, however many samples.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
+    data: str,
+    out: Path,
+    config: Annotated[Any, fields_of("scoring.config.LocateConfig", positions=POSITIONS, progress=HIDDEN)],
+    group: Annotated[Tables, arg(help=TABLES)] = [],  # noqa: B006  # never changed
+    batch_size: int = 8,
+    limit: int | None = None,
+    aggregate: bool = False,
     device: Device = None,
     dtype: Dtype = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the file, show tokens, hours and memory, and stop.")
-    ] = False,
+    dry_run: bool = False,
 ) -> None:
     """Score a model's neurons on every sample of a file.
 
     The file holds one JSON object a line: {"prompt": text, "answer": text} and optionally "image": a path relative to
-    the file. With --group, --data is a benchmark's folder or Hub id: scored are its tables' questions with pictures for
-    --modality vision, those without for text. Scored is the answer, after the prompt in the tokenizer's chat template
-    where it has one. Killed at any moment, the same command goes on to the same result. mipfast.streaming.read(OUT)
-    gives the Attribution.
+    the file. With --group, --data is a benchmark's folder or Hub id: scored are its tables' questions, for --modality
+    vision those with pictures, for text those without. Scored is the answer, after the prompt in the tokenizer's chat
+    template where it has one. Killed at any moment, the same command goes on to the same result.
+    mipfast.streaming.read(OUT) gives the Attribution.
+
+    Args:
+        data: JSONL file of samples, as above; with --group a benchmark.
+        out: Folder for the scores; one that holds an unfinished run goes on.
+        batch_size: Samples per batch.
+        limit: Only the first samples.
+        aggregate: Keep only running sums: one small file, however many samples.
+        dry_run: Check the file, show tokens, hours and memory, and stop.
     """
     import torch
     from transformers import AutoConfig
 
-    from mipfast import LocateConfig
     from mipfast.data import checkpoint, load_groups
     from mipfast.data.encoder import Encoder
     from mipfast.experiment import locate_file
     from mipfast.scoring.cost import Device, Shape
 
-    _check_dtype(dtype)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = LocateConfig(
-        modality=modality,  # type: ignore[arg-type]  # resolved() checks both
-        objective=objective,  # type: ignore[arg-type]
-        positions=_positions(positions),
-        n_steps=n_steps,
-        top_k=top_k,
-        progress=sys.stderr.isatty(),
-    ).resolved()
+    config = replace(config, progress=sys.stderr.isatty()).resolved()
     _quiet_transformers()
     encoder = Encoder.from_pretrained(model)
-    scored: locate_file.Data = data
+    scored: locate_file.Samples = data
     if group:
-        scored = [r for r in load_groups(data, group) if (r.image is not None) == (modality == "vision")]
+        scored = [r for r in load_groups(data, group) if (r.image is not None) == (config.modality == "vision")]
     if dry_run:
         surveyed = locate_file.survey(encoder, scored, config, batch_size, limit)
         shape = Shape.of(AutoConfig.from_pretrained(model))
@@ -231,27 +220,12 @@ def locate(
     console.print(f"done. In Python: mipfast.streaming.read({escape(repr(str(out)))})")
 
 
-@app.command()
 def finetune(
     model: Model,
-    data: Source,
-    group: Annotated[list[str], typer.Option(help=TABLES)],
-    out: Annotated[Path, typer.Option(help="Folder for OUT/model; one that holds an unfinished run goes on.")],
-    names: Names = None,
-    limit: Some = None,
-    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA.")] = False,
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 16,
-    alpha: Annotated[int, typer.Option(help="Of LoRA: its scale is alpha / rank.")] = 16,
-    dropout: Annotated[float, typer.Option(help="Of LoRA.")] = 0.05,
-    lr: Annotated[float, typer.Option(help="Learning rate, falling linearly to 0.")] = 2e-5,
-    epochs: Annotated[int, typer.Option(help="Passes over the records.")] = 5,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    batch_size: BatchSize = 4,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, one more forward pass.")
-    ] = False,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    data: Annotated[Any, DATA],
+    group: Annotated[Tables, arg(help=TABLES)],
+    out: Path,
+    config: Annotated[Any, fields_of("experiment.finetune.FinetuneConfig", seed=HIDDEN)],
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -260,51 +234,43 @@ def finetune(
 
     LoRA on every linear layer of the language model, merged at the end: OUT/model is a plain transformers folder.
     Killed at any moment, the same command goes on to the same weights.
+
+    Args:
+        out: Folder for OUT/model; one that holds an unfinished run goes on.
     """
-    from mipfast.data import load_groups
     from mipfast.experiment import finetune as finetuning
 
-    _check_dtype(dtype)
     _quiet_transformers()
-    config = finetuning.FinetuneConfig(
-        full=full,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        lr=lr,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        save_steps=save_steps,
-        seed=seed,
-    )
-    records = load_groups(data, group, names=names, limit=limit, seed=seed)
+    records = replace(data, groups={"all": group}).all(seed)
+    config = replace(config, seed=seed)
     written = finetuning.finetune(model, records, out, config, device, dtype, sys.stderr.isatty())
     console.print(f"done. The model: [bold]{escape(str(written))}[/bold]")
 
 
-@app.command()
 def unlearn(
     model: Model,
-    data: Source,
-    forget: Annotated[list[str], typer.Option(help=TABLES)],
-    retain: Annotated[list[str], typer.Option(help="The same, of what is to be kept.")],
-    out: Annotated[Path, typer.Option(help="Folder for everything; one that holds an unfinished run goes on.")],
-    general: Annotated[list[str] | None, typer.Option(help="The same, of general knowledge.")] = None,
-    names: Names = None,
-    limit: Some = None,
-    fraction: Annotated[float, typer.Option(help="Share of each layer's neurons that is edited.")] = 0.1,
-    aggregate: Annotated[str, typer.Option(help="How text neurons are chosen: snr, contrast, mean or union.")] = "snr",
-    vision: Annotated[bool, typer.Option(help="Edit the vision tower too.")] = True,
-    layer: Annotated[int | None, typer.Option(help="Steered text block; three fifths of the depth.")] = None,
-    steering: Annotated[float, typer.Option(help="Target's length, in mean retain norms.")] = 1.0,
-    alpha: Annotated[float, typer.Option(help="Weight of the retain loss, 0 to 1.")] = 0.5,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the forget batches.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate of RMisU.")] = 3e-3,
-    batch_size: BatchSize = 8,
+    data: Annotated[Any, DATA],
+    forget: Annotated[Tables, arg(help=TABLES)],
+    retain: Annotated[Tables, arg(help="The same, of what is to be kept.")],
+    out: Path,
+    stage: Annotated[
+        Any,
+        fields_of(
+            "experiment.config.UnlearnStage", **dict.fromkeys(("text", "vision", "rmisu", "progress", "data"), HIDDEN)
+        ),
+    ],
+    rmisu: Annotated[
+        Any,
+        fields_of(
+            "edit.config.RMisUConfig",
+            steering_coeff=Annotated[float, arg(aliases=["--steering"])],
+            trainable=Literal["path", "down"],
+            positions=POSITIONS,
+            **dict.fromkeys(("lora_rank", "lora_alpha", "seed", "progress"), HIDDEN),
+        ),
+    ],
+    general: Annotated[Tables, arg(help="The same, of general knowledge.")] = [],  # noqa: B006  # never changed
+    vision: bool = True,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -315,36 +281,27 @@ def unlearn(
     what must not break. Give --limit where tables are long: locating takes a forward and backward pass per layer for
     every record. OUT/unlearn/model is a plain transformers folder, OUT/unlearn/path the neurons,
     OUT/locate their scores. Killed at any moment, the same command goes on.
-    """
-    from mipfast import LocateConfig, RMisUConfig
-    from mipfast.experiment import pipeline
-    from mipfast.experiment.config import Data, UnlearnStage
 
-    _check_dtype(dtype)
+    Args:
+        out: Folder for everything; one that holds an unfinished run goes on.
+        vision: Edit the vision tower too.
+    """
+    from mipfast.experiment import pipeline
+
     _quiet_transformers()
     groups = {"forget": forget, "retain": retain} | ({"general": general} if general else {})
-    edit = RMisUConfig(layer=layer, steering_coeff=steering, alpha=alpha, steps=steps, epochs=epochs, lr=lr, seed=seed)
-    stage = UnlearnStage(
-        fraction=fraction,
-        aggregate=aggregate,  # type: ignore[arg-type]  # select checks it
-        rmisu=edit,
-        data=Data(data, groups, names, limit),
-        batch_size=batch_size,
-        vision=LocateConfig("vision") if vision else None,
-    )
-    pipeline.unlearn_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
+    changes = {} if vision else {"vision": None}
+    stage = replace(stage, rmisu=replace(rmisu, seed=seed), data=replace(data, groups=groups), **changes)
+    pipeline.unlearn_folder(model, stage, out, pipeline.Where(seed, device, dtype, sys.stderr.isatty()))
     console.print(f"done. The model: [bold]{escape(str(out / 'unlearn' / 'model'))}[/bold]")
 
 
-@app.command("eval")
 def evaluate(
     model: Model,
-    data: Source,
-    group: Annotated[list[str], typer.Option("--group", "--groups", help=TABLES)],
-    out: Annotated[Path, typer.Option(help="Folder for the answers; one that holds an unfinished run goes on.")],
-    limit: Some = None,
-    batch_size: BatchSize = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 50,
+    data: Annotated[Any, DATA],
+    group: Annotated[Tables, arg(help=TABLES, aliases=["--groups"])],
+    out: Path,
+    stage: Annotated[Any, fields_of("experiment.config.EvalStage", data=HIDDEN)],
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -353,31 +310,29 @@ def evaluate(
 
     OUT/MIPFAST_SUMMARY.json holds every metric by table, modality and task, OUT/MIPFAST_EVAL.json every record's.
     Killed at any moment, the same command goes on.
+
+    Args:
+        out: Folder for the answers; one that holds an unfinished run goes on.
     """
     from mipfast.experiment import pipeline
-    from mipfast.experiment.config import Data, EvalStage
 
-    _check_dtype(dtype)
     _quiet_transformers()
-    stage = EvalStage(Data(data, {"all": group}, limit=limit), batch_size, max_new_tokens)
-    judged = pipeline.evaluate_folder(model, stage, out, seed, device, dtype, sys.stderr.isatty())
+    stage = replace(stage, data=replace(data, groups={"all": group}))
+    judged = pipeline.evaluate_folder(model, stage, out, pipeline.Where(seed, device, dtype, sys.stderr.isatty()))
     _show_metrics(judged.summary)
 
 
-@app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="The experiment, as YAML; examples/ has one.")],
-    out: Annotated[str | None, typer.Option(help="Folder for everything, instead of the file's.")] = None,
-    device: Device = None,
-) -> None:
+def run(config: Positional[Path], out: str | None = None, device: Device = None) -> None:
     """Run a whole experiment: fine-tune, locate, unlearn, evaluate before and after.
 
     Killed at any moment, the same command goes on; stages that are finished are skipped. OUT/summary.json holds every
     metric of both models, OUT/report/report.html shows them, OUT/finetune/model and OUT/unlearn/model are plain
     transformers folders.
-    """
-    from dataclasses import replace
 
+    Args:
+        config: The experiment, as YAML; examples/ has one.
+        out: Folder for everything, instead of the file's.
+    """
     from mipfast.experiment import pipeline
     from mipfast.experiment.config import Experiment
 
@@ -389,18 +344,24 @@ def run(
 
 
 def _report(folders: list[Path], out: Path) -> None:
-    from mipfast.experiment import comparison, page
+    from mipfast.experiment import comparison, comparison_page, page
 
     compared = comparison.compare(folders)
-    found = comparison.parts(compared)
+    found = comparison_page.parts(compared)
     written = page.write(out, compared.title, found)
     console.print(page.terminal(found))
     console.print(f"Everything, in one file: [bold]{escape(str(written))}[/bold]")
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype}: expected auto, float32, bfloat16 or float16", param_hint="--dtype")
+def _show_help() -> None:
+    from rich.table import Table
+
+    console.print("[bold]mipfast COMMAND --help[/bold] explains a command and its options.\n")
+    console.print("Find the neurons that carry a piece of knowledge in a multimodal model, and make it forget it.\n")
+    table = Table.grid(padding=(0, 2))
+    for name, command in COMMANDS.items():
+        table.add_row(f"[bold]{name}[/bold]", str(command.__doc__).split("\n")[0])
+    console.print(table)
 
 
 def _show_metrics(metrics: dict[str, float]) -> None:
@@ -410,13 +371,6 @@ def _show_metrics(metrics: dict[str, float]) -> None:
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:.3f}")
     console.print(table)
-
-
-def _positions(given: str | None) -> str | list[int] | None:
-    """A name, or indices separated by commas."""
-    if given is None or not given.replace(",", "").isdigit():
-        return given
-    return [int(index) for index in given.split(",") if index]
 
 
 def _show_forecast(surveyed: Any, forecast: Any) -> None:
@@ -454,6 +408,26 @@ def _quiet_transformers() -> None:
 
     notices.set_verbosity_error()
     notices.disable_progress_bar()
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "eval" if command is evaluate else command.__name__: command
+    for command in (demo, report, doctor, locate, finetune, unlearn, evaluate, run)
+}
+
+
+def app(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line, sys.argv's where there is none. Raises what the command raises."""
+    handler = RichHandler(console=console, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("mipfast").setLevel(logging.INFO)
+    name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in COMMANDS:
+        tyro.cli(COMMANDS[name], prog=f"mipfast {name}", args=options, config=(DisallowNone,))
+    elif name in ("-h", "--help"):
+        _show_help()
+    else:
+        raise InputError(f"there is no command {name}; expected {', '.join(COMMANDS)}")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ for f, h, weight in (1, 1, tensor(1, 1)), (16, 1, tensor(1, 16)), (48, 80, tenso
     static.swiglu(tensor(1, f), tensor(1, f))
     static.swiglu_gradients(tensor(1, f), tensor(1, f), tensor(1, f))
     for grad in tensor(1, 1, h), tensor(h, 5, 3).permute(2, 1, 0):
-        static.fused(grad, weight, one.expand(len(grad)), None, 1)
+        static.project_accumulate(grad, weight, one.expand(len(grad)), None, 1)
 print(len(static.launched), "compiled")
 """
 
@@ -48,6 +48,9 @@ def environment(cache):
     # a process of its own: triton takes TRITON_INTERPRET from the environment when it is first imported
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept | {"TRITON_CACHE_DIR": str(cache)}
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

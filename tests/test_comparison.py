@@ -9,13 +9,14 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from commands import invoke
 from rich.console import Console
-from typer.testing import CliRunner
 
 from mipfast import cli
 from mipfast.errors import ArtefactError, InputError, MipfastError
-from mipfast.experiment import comparison, page
-from mipfast.experiment.comparison import compare, metric_grid, overview, parts
+from mipfast.experiment import comparison, comparison_page, page
+from mipfast.experiment.comparison import compare
+from mipfast.experiment.comparison_page import metric_grid, overview, parts
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 ROLES = {"forget": ["forget_5"], "retain": ["retain_95", "celebrities"]}
@@ -163,7 +164,7 @@ def test_every_run_is_measured_against_its_own_vanilla(tmp_path):
 def test_flags(unlearned, vanilla, wanted, tmp_path):
     compared = compare([write_run(tmp_path / "a", unlearned, vanilla)])
     assert [*flags_of(compared, "a")] == wanted
-    notes = comparison.notes(compared)
+    notes = comparison_page.notes(compared)
     assert [note.split(": ")[1] for note in notes if note.startswith("a: ")] == wanted
     assert [note.split(" means: ")[0] for note in notes if " means: " in note] == wanted
 
@@ -177,8 +178,8 @@ def test_flags_state_their_numbers():
 def test_what_the_run_itself_says_is_beside_its_row(tmp_path):
     compared = compare([write_run(tmp_path / "a", means(), means(), flags=["nothing was trained: x", "eval resumed"])])
     assert row_of(overview(compared), "a")[-1] == "run_note"
-    assert "a: run_note: nothing was trained: x" in comparison.notes(compared)
-    assert "a: run_note: eval resumed" in comparison.notes(compared)
+    assert "a: run_note: nothing was trained: x" in comparison_page.notes(compared)
+    assert "a: run_note: eval resumed" in comparison_page.notes(compared)
 
 
 def test_different_metrics_are_dashes_and_a_flag(tmp_path):
@@ -290,7 +291,7 @@ def hostile_run(folder):
 
 def test_answers_with_the_highest_and_lowest_scores(tmp_path):
     (run,) = compare([hostile_run(tmp_path / "a")]).runs
-    said = [part if isinstance(part, str) else part.text for part in comparison.answers(run, "unlearned")]
+    said = [part if isinstance(part, str) else part.text for part in comparison_page.answers(run, "unlearned")]
     assert [text.split(" ")[0] for text in said if text.startswith("forget_5")] == [
         f"forget_5/q{i}" for i in (7, 6, 5, 0, 1, 2)
     ]
@@ -304,7 +305,7 @@ def test_answers_with_the_highest_and_lowest_scores(tmp_path):
     ]
     (tmp_path / "a" / "eval" / "unlearned" / "rows-000000.jsonl").write_text("{")
     with pytest.raises(ArtefactError, match="damaged"):
-        comparison.answers(run, "unlearned")
+        comparison_page.answers(run, "unlearned")
 
 
 @needs_matplotlib
@@ -355,7 +356,7 @@ def test_pictures_have_every_dot_and_bar(tmp_path):
     write_run(tmp_path / "a", means((0.2, 0.4), (0.6, 0.8), (0.6, 0.8)), means())
     write_run(tmp_path / "b", means((None, 0.4)), means(), seed=1, config={})
     compared = compare([tmp_path / "a", tmp_path / "b"])
-    dots, bars = (part.draw() for part in parts(compared) if isinstance(part, page.Picture))
+    dots, bars = (part.draw() for part in parts(compared) if isinstance(part, page.Plot))
     drawn = [
         tuple(map(float, xy)) for line in dots.axes[0].lines for xy in line.get_xydata() if line.get_marker() in "oD^"
     ]
@@ -369,13 +370,13 @@ def test_pictures_have_every_dot_and_bar(tmp_path):
 @needs_matplotlib
 def test_command(tmp_path):
     write_run(tmp_path / "a", means((0.2, 0.2)), means())
-    result = CliRunner().invoke(cli.app, ["report", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    result = invoke(["report", tmp_path / "a", "--out", tmp_path / "out"])
     assert result.exit_code == 0 and "75.0" in result.output
     assert {"report.html", "report.md", "pictures"} == {path.name for path in (tmp_path / "out").iterdir()}
     with pytest.raises(MipfastError, match="neither"):
-        CliRunner().invoke(cli.app, ["report", str(tmp_path)], catch_exceptions=False)
+        cli.app(["report", str(tmp_path)])
 
 
 def test_importing_loads_no_matplotlib():
-    code = "import sys, mipfast.comparison; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, mipfast.experiment.comparison_page; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -20,6 +20,7 @@ print({name: reason for name, _, reason in backends.status()}["cuda"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc") or not shutil.which("cmake"), reason="needs nvcc and cmake")
 def test_it_builds_and_loads_without_a_driver(tmp_path):
     folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]

@@ -14,10 +14,10 @@ from dataclasses import replace
 from itertools import chain
 
 import pytest
+from commands import invoke
 from dying import dying
-from typer.testing import CliRunner
 
-from mipfast import cli, files
+from mipfast import files
 from mipfast.demo import evidence, findings, full, people, run
 from mipfast.demo import trial as trials
 from mipfast.demo.people import Question
@@ -381,7 +381,7 @@ def test_a_real_run_has_a_page_without_paths_of_the_machine(whole, tmp_path):
 
 @pytest.mark.parametrize("extra", [["--retrain"], ["--forget", "0.05"]])
 def test_full_refuses_what_its_references_do_not_fit(extra):
-    result = CliRunner().invoke(cli.app, ["demo", "--full", *extra])
+    result = invoke(["demo", "--full", *extra])
     shown = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     assert (
         result.exit_code == 2

@@ -51,6 +51,17 @@ def test_only_the_path_s_rows_and_columns_move(trainable):
     assert report["without_gradient"] == [] and len(report["forget_loss"]) == 4
 
 
+def test_overrides_are_fields_of_the_config():
+    reports = []
+    for config, overrides in (
+        (RMisUConfig(layer=2, steps=2, seed=3), {}),
+        (RMisUConfig(steps=2), dict(layer=2, seed=3)),
+    ):
+        model, forget, retain = llama()
+        reports.append(misdirect(model, path_of(model), forget, retain, config, **overrides))
+    assert reports[0]["config"] == reports[1]["config"] and reports[0]["forget_loss"] == reports[1]["forget_loss"]
+
+
 def test_forget_goes_to_the_target_and_retain_stays():
     model, forget, retain = llama()
     start_f, start_r = (hidden_after(model, 2, b[0]) for b in (forget, retain))

@@ -126,19 +126,8 @@ def test_triton_many_tiles(rows, groups, tma, monkeypatch):
     monkeypatch.setattr(kernel, "TILES", {kernel.architecture(): {4: [SMALL]}})
     monkeypatch.setattr(kernel, "TMA_ARCHITECTURES", {kernel.architecture()} if tma else set())
     grad, weight, weights, act, _ = inputs((3, rows, 40, 140, None), torch.float32)
-    found = kernel.fused(grad, weight, weights, act, groups)
+    found = kernel.project_accumulate(grad, weight, weights, act, groups)
     assert_sums(found, grad, weight, weights, act, groups)
-
-
-@TRITON
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_triton_gram(dtype, groups):
-    from mipfast_kernels import project_accumulate as kernel
-
-    grad, weight, weights, _, _ = inputs((3, 122, 33, 131, None), dtype)
-    weights[1] *= -1  # no rule of ours has one, but C is a plain sum
-    assert_sums(kernel.gram(grad, weight, weights, groups), grad, weight, weights, None, groups)
 
 
 def test_tiles_are_chosen_by_rows_and_programs():
@@ -151,31 +140,6 @@ def test_tiles_are_chosen_by_rows_and_programs():
     assert choose_tile(tiles, 8192, 3420) == most and choose_tile(tiles, 129, 64) == few
 
 
-@TRITON
-def test_triton_chooses_by_shape(monkeypatch):
-    from mipfast_kernels import project_accumulate as kernel
-
-    monkeypatch.setattr(kernel, "FLOAT32_PRODUCTS", True)
-    for form in ("gram", "fused"):
-        monkeypatch.setattr(kernel, form, lambda *_, form=form: form)
-
-    def chosen(pairs, width, neurons, dtype, act=None):
-        """The form for two groups of `pairs` pairs over two steps."""
-        grad, weight = torch.empty(2, pairs, width, dtype=dtype, device="meta"), torch.empty(width, neurons)
-        return kernel.project_accumulate(grad, weight, None, act, 2)
-
-    for pairs, width, neurons, dtype in [  # the break-even of gram_pays
-        (6138, 1280, 3420, torch.bfloat16),
-        (2046, 1280, 3420, torch.float32),
-        (13262, 3584, 18944, torch.bfloat16),
-    ]:
-        assert chosen(pairs, width, neurons, dtype) == "gram"
-        assert chosen(pairs - 2, width, neurons, dtype) == "fused"
-        assert chosen(pairs, width, neurons, dtype, act=1) == "fused"
-        assert chosen(pairs, width, neurons, torch.float16) == "fused"
-    assert chosen(10**6, 64, 64, torch.bfloat16) == "fused"
-
-
 def test_agrees_with_the_reference_in_float64():
     grad, weight, weights, act, groups = inputs((3, 6, 17, 63, 2), torch.float64)
     found = ops.project_accumulate(grad, weight, weights, act=act, groups=groups)
@@ -183,6 +147,7 @@ def test_agrees_with_the_reference_in_float64():
     assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1]) and found[0].dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_compiles(monkeypatch):
     monkeypatch.undo()  # inductor allocates what autograd may not write into
     grad, weight, weights, act, groups = inputs((3, 6, 17, 63, 2), torch.float32)

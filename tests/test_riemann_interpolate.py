@@ -84,6 +84,7 @@ def test_no_rows(backend, device):
     assert ops.riemann_interpolate(act[:0], alphas).shape == (3, 0, 8)
 
 
+@pytest.mark.slow
 def test_compiles(monkeypatch):
     monkeypatch.undo()  # inductor allocates what autograd may not write into
     act, alphas, neurons = inputs((3, 4, 63), torch.float32, 5)

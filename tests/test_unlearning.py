@@ -1,5 +1,7 @@
 """The one call, the judge, and every kind of bad input."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from tiny import image_batch, text_batch, tiny_llama, tiny_moe, tiny_qwen_vl
@@ -44,6 +46,8 @@ def test_unlearn_without_vision():
     forget, retain = [text_batch(model, [9, 8], [1, 2])], [text_batch(model, [9, 8], [1, 2], seed=5)]
     config = MIPConfig(LocateConfig(), vision=None, aggregate="mean", rmisu=RMisUConfig(steps=1))
     assert unlearn(model, forget, retain, config)["path"].num_neurons == 5 * 3
+    report = unlearn(model, forget, retain, config, fraction=0.25)
+    assert report["path"].num_neurons == 12 * 3 and report["config"] == asdict(replace(config, fraction=0.25))
 
 
 def test_evaluate_counts_a_question_as_right_when_every_token_is():
@@ -74,7 +78,7 @@ def without(batch, name):
         (lambda b: b, {"top_k": 49}, "top_k=49 of 48"),
         (lambda b: b, {"top_k": 0}, "top_k=0"),
         (lambda b: b, {"modality": "vision"}, "only the text stack"),
-        (lambda b: b, {"modality": "smell"}, "text, vision"),
+        (lambda b: b, {"modality": "smell"}, "expected text or vision"),
         (lambda b: b, {"objective": "margin"}, "log_odds"),
         (lambda b: b, {"positions": "middle"}, "last_prompt"),
         (lambda b: b, {"positions": [99]}, "outside this batch"),

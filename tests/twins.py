@@ -133,7 +133,7 @@ def wrong(answer, topic, count=OPTION - 1):
 def evaluation_row(person, test=False):
     rng = random.Random(f"row {person} {test}")
     classification, generation, mask = {}, [], []
-    for kind, modality in benchmarks.MODALITIES.items():
+    for kind, modality in benchmarks.MLLMU_MODALITIES.items():
         questions = []
         for topic, pair in topics(person, modality, test):
             options = [pair["answer"], *wrong(pair["answer"], topic)]

@@ -2,10 +2,9 @@
 
 Tensor-core bound: 2 m R H F operations, the bytes of dY, W and the sums alone. One row of a tile's product is one
 (step, row) of one group; the weights, the squares and the sum over a group's tile rows are the product's epilogue, so
-that one accumulator serves both sums at any m, and s1 costs no product of its own. (Collapsing dY over the steps
-first takes one product and not m, but of float32 rows: twelve times slower than bfloat16 ones, or three bfloat16
-products. It pays where a group's rows collapse too, see `gram_pays`.) No atomics: a group's tiles write partial sums,
-which a second stage adds up in an order fixed by the shape alone.
+that one accumulator serves both sums at any m, and s1 costs no product of its own. (Summing dY over the steps first
+takes one product and not m, but of float32 rows: twelve times slower than bfloat16 ones, or three bfloat16 products.)
+No atomics: a group's tiles write partial sums, which a second stage adds up in an order fixed by the shape alone.
 """
 
 import math
@@ -44,9 +43,6 @@ TILES: dict[str, dict[int, list[Tile]]] = {
 
 # architectures that copy W's tiles by its tensor memory accelerator, where its rows are multiples of 16 bytes
 TMA_ARCHITECTURES = {"sm_90", "sm_100"}
-
-# whether torch multiplies bfloat16 matrices to float32, which it does for CUDA from 2.8 on
-FLOAT32_PRODUCTS = torch.version.hip is None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 # Multiprocessors of an H100. A constant: the same input then gives the same bits on every GPU of an architecture.
 ENOUGH_PROGRAMS = 132
@@ -155,21 +151,12 @@ def project_accumulate_kernel(
 def project_accumulate(
     grad: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, act: torch.Tensor | None, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """s1, s2 [groups, F] float32 by the fused product or, where `gram_pays`, by the Gram matrix.
+    """Launch the kernel.
 
     grad [m, R, H] float32, bfloat16 or float16; weight [H, F] of its dtype; weights [m] float32 contiguous; act [R, F]
-    of any of these dtypes or None; any strides; R = groups * P. Nothing is checked here.
+    of any of these dtypes or None; any strides; R = groups * P. Returns s1, s2 [groups, F] float32. Nothing is checked
+    here.
     """
-    steps, rows, width = grad.shape
-    if act is None and gram_pays(steps * rows // groups, width, weight.shape[1], grad.dtype):
-        return gram(grad, weight, weights, groups)
-    return fused(grad, weight, weights, act, groups)
-
-
-def fused(
-    grad: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, act: torch.Tensor | None, groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel; arguments and result as in `project_accumulate`."""
     steps, rows, width = grad.shape
     neurons = weight.shape[1]
     pairs = steps * rows // groups
@@ -221,52 +208,3 @@ def choose_tile(tiles: list[Tile], pairs: int, neurons: int) -> Tile:
         if triton.cdiv(pairs, tile[0]) * triton.cdiv(neurons, tile[1]) >= ENOUGH_PROGRAMS:
             return tile
     return tiles[0]
-
-
-def gram_pays(pairs: int, width: int, neurons: int, dtype: torch.dtype) -> bool:
-    """Whether s2 of a group of `pairs` (step, row) pairs takes fewer operations by its Gram matrix.
-
-    s2[n] = W_n^T C W_n with C = sum_i w_i dY_i dY_i^T [H, H]: pairs H^2 multiply-adds for C and H^2 F for each term
-    of C W, against pairs H F for the product itself. C is float32: one term for float32 inputs; for bfloat16 three, at
-    bfloat16's rate. Float16 cannot hold squares of gradients. Breaks even at pairs = terms H F / (F - H), for
-    bfloat16 6137 at H 1280 F 3420, 13261 at H 3584 F 18944. Only without act: with it s1 needs as many operations as
-    three steps of the fused product.
-    """
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and not FLOAT32_PRODUCTS):
-        return False
-    terms = 3 if dtype == torch.bfloat16 else 1
-    return pairs * (neurons - width) > terms * width * neurons
-
-
-def gram(
-    grad: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """s1, s2 [groups, F] through C; both products with W are launches of the fused kernel."""
-    steps, rows, width = grad.shape
-    grad = grad.unflatten(1, (groups, rows // groups))
-    collapsed = torch.zeros(groups, width, dtype=torch.float32, device=grad.device)
-    squares = torch.zeros(groups, width, width, dtype=torch.float32, device=grad.device)
-    for dy, w in zip(grad, weights, strict=True):
-        collapsed.addcmul_(dy.sum(1, dtype=torch.float32), w)
-        for square, rows_of_group in zip(squares, dy, strict=True):
-            square.addcmul_(_product32(rows_of_group.t(), rows_of_group), w)
-    ones = torch.ones(3, dtype=torch.float32, device=grad.device)
-    s1, _ = _times(collapsed, weight, ones, None, groups)
-    # W^T (C W), summed over H: W in the place of act
-    s2 = [_times(square, weight, ones, weight, 1)[0] for square in squares]
-    return s1, torch.cat(s2)
-
-
-def _times(rows, weight, ones, act, groups):
-    """The fused sums for float32 rows, exact in float32: bfloat16 holds them in three terms of 8 bits."""
-    terms = [rows.to(weight.dtype)]
-    while len(terms) < 3 and weight.dtype != torch.float32:
-        rows = rows - terms[-1].float()
-        terms.append(rows.to(weight.dtype))
-    return fused(torch.stack(terms), weight, ones[: len(terms)], act, groups)
-
-
-def _product32(a, b):
-    if a.dtype == torch.float32 or not a.is_cuda:
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)

@@ -12,14 +12,35 @@ from torch import nn
 from mipfast.errors import InputError, ModelError
 from mipfast.model.families import auto_class
 
-# what a tokenizer, a processor and a chat template are read from
+# files that a tokenizer, a processor or a chat template is read from
 COMPANIONS = """tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json chat_template*
 *processor_config.json *.model""".split()
 
 
 def load_model(folder: str | Path, device: str = "cpu", dtype: str = "auto") -> nn.Module:
-    """The model of a local folder or Hub id in eval mode, with its vision tower where it has one. No code from the
-    folder runs. Raises ModelError where there is none."""
+    """The model of a transformers folder in eval mode, with its vision tower where it has one.
+
+    No code from the folder runs.
+
+    Args:
+        folder: a local folder or a Hub id.
+        device: what torch calls it.
+        dtype: of the weights: auto (as in the folder), float32, bfloat16 or float16.
+
+    Raises:
+        ModelError: where there is no model.
+        InputError: for a device that torch does not have here.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast.samples import load_model
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        >>> folder = tempfile.mkdtemp()
+        >>> LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).save_pretrained(folder)
+        >>> type(load_model(folder)).__name__
+        'LlamaForCausalLM'
+    """
     from transformers import AutoConfig
 
     check_device(device)
@@ -36,8 +57,23 @@ def check_device(device: str | None) -> None:
 
 
 def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
-    """Write a plain transformers folder: the model's weights and config, and, as they are, the tokenizer's and the
-    processor's files of source, the folder or Hub id the model came from."""
+    """Write a plain transformers folder: weights and config, the tokenizer's and the processor's files.
+
+    Args:
+        model: a transformers model.
+        source: the folder or Hub id the model came from; its tokenizer's and processor's files are copied as they are.
+        folder: where to write.
+
+    Example:
+        >>> import mipfast, tempfile
+        >>> from pathlib import Path
+        >>> from mipfast.samples import load_model, save_model
+        >>> demo = Path(mipfast.__file__).parent / "demo" / "weights" / "base"  # a small model with its tokenizer
+        >>> folder = tempfile.mkdtemp()
+        >>> save_model(load_model(demo), demo, folder)
+        >>> sorted(file.name for file in Path(folder).glob("tokenizer*"))
+        ['tokenizer.json', 'tokenizer_config.json']
+    """
     if not Path(source).is_dir():
         from huggingface_hub import snapshot_download
 

@@ -21,14 +21,15 @@ log = logging.getLogger("mipfast")
 
 @dataclass(frozen=True)
 class Encoded:
-    """A record as token ids, its picture's placeholders among the prompt's. patches: of the picture, in the vision
-    tower."""
+    """A record as token ids."""
 
     id: str
     prompt: list[int]
+    """The picture's placeholders among them."""
     answer: list[int]
     image: Picture | None
     patches: int
+    """Of the picture, in the vision tower; 0 without one."""
 
     @property
     def tokens(self) -> int:
@@ -44,9 +45,26 @@ class Encoder:
     answer is labelled, without an end token unless a batch asks for one. A picture stands where the prompt has one
     placeholder token, else before the prompt.
 
-    tokenizer, image_processor (None: text only) and config are the model folder's. processor: the family's, where it
-    can be built; it says how many tokens a picture takes. Without it that is known for Qwen-VL alone, whose processor
-    asks for torchvision because of its videos."""
+    Args:
+        tokenizer: the model folder's.
+        image_processor: the model folder's; None reads text only.
+        config: the model folder's.
+        processor: the family's, where it can be built; it says how many tokens a picture takes. Without it that is
+            known for Qwen-VL alone, whose processor asks for torchvision because of its videos.
+
+    Example:
+        >>> import mipfast
+        >>> from pathlib import Path
+        >>> from mipfast.data import Record
+        >>> from mipfast.samples import Encoder
+        >>> encoder = Encoder.from_pretrained(Path(mipfast.__file__).parent / "demo" / "weights" / "base")
+        >>> record = Record("7", "pets", "text", "generation", "Name the pet", "dog")
+        >>> batch = encoder.batch([record])
+        >>> encoder.tokenizer.decode(batch["input_ids"][0]), batch["labels"].tolist()[0][:-1]
+        ('Name the pet dog', [-100, -100, -100])
+        >>> encoder.tokenizer.decode(encoder.prompts([record])["input_ids"][0])
+        'Name the pet'
+    """
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: Any, processor: Any = None):
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
@@ -55,26 +73,19 @@ class Encoder:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Encoder:
-        """Raises ModelError where there is no config or tokenizer."""
+        """The encoder of a local folder or Hub id. Raises ModelError where it has no config or tokenizer."""
         from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
-        config = _loaded(AutoConfig, folder)
-        tokenizer = _loaded(AutoTokenizer, folder)
-        if not hasattr(config, "vision_config"):
-            return cls(tokenizer, None, config)
-        try:
-            images = _loaded(AutoImageProcessor, folder)
-        except (ModelError, ImportError) as error:  # text alone needs neither
-            log.info("no pictures can be read: %s", _first_sentence(error))
-            return cls(tokenizer, None, config)
-        try:
-            processor = _loaded(AutoProcessor, folder)
-        except (ModelError, ImportError) as error:
-            log.info("no processor, so pictures go by the image processor: %s", _first_sentence(error))
-            return cls(tokenizer, images, config)
-        if not isinstance(processor, ProcessorMixin):  # of a folder without one's files it is the tokenizer
-            return cls(tokenizer, images, config)
-        return cls(processor.tokenizer, processor.image_processor, config, processor)
+        config, tokenizer = _loaded(AutoConfig, folder), _loaded(AutoTokenizer, folder)
+        images = processor = None
+        if hasattr(config, "vision_config"):
+            images = _loaded_if_there(AutoImageProcessor, folder, "no pictures can be read")
+        if images:
+            missing = "no processor, so pictures go by the image processor"
+            processor = _loaded_if_there(AutoProcessor, folder, missing)
+        if isinstance(processor, ProcessorMixin):  # of a folder without its files it is the tokenizer
+            return cls(processor.tokenizer, processor.image_processor, config, processor)
+        return cls(tokenizer, images, config)
 
     def fingerprint(self) -> str:
         """A hash of what turns records into inputs."""
@@ -87,15 +98,20 @@ class Encoder:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
     def encode(self, record: Record) -> Encoded:
-        """Of a picture only the size is read. Raises InputError, without the record's id."""
+        """A record as token ids; of a picture only the size is read.
+
+        Raises:
+            InputError: for a picture that cannot be encoded here, a prompt with placeholders but no picture, an answer
+                without tokens, or more tokens than the model takes; without the record's id.
+        """
         picture, patches = _picture(record.image), 0
         if picture:
             self._check_sees()
         text = self._text(record.prompt, picture)
         prompt = list(self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"])
-        found = prompt.count(self._image_token) if self._image_token is not None else 0
-        if found != bool(picture):
-            raise InputError(f"the prompt has {found} image placeholders; expected {'one' if picture else 'none'}")
+        count = prompt.count(self._image_token) if self._image_token is not None else 0
+        if count != bool(picture):
+            raise InputError(f"the prompt has {count} image placeholders; expected {'one' if picture else 'none'}")
         if picture:
             at = prompt.index(self._image_token)
             tokens, patches = self._expansion(text, prompt, at, picture.size)
@@ -109,11 +125,20 @@ class Encoder:
         return Encoded(record.id, prompt, answer, picture, patches)
 
     def batch(self, records: Sequence[Record | Encoded], end: bool = False) -> dict[str, torch.Tensor]:
-        """What model(**batch) takes, padded on the right: input_ids, attention_mask and labels [n,S], for a Qwen-VL
-        also mm_token_type_ids, and with pictures the image processor's outputs: pixel_values [patches, ...] and
-        image_grid_thw [pictures,3] for a Qwen-VL, pixel_values [pictures,3,height,width] for LLaVA. Records with and
-        without a picture may share it. end: every answer ends with the tokenizer's end token, labelled, as in training;
-        InputError where it has none."""
+        """What model(**batch) takes, padded on the right.
+
+        Args:
+            records: with and without pictures, if need be.
+            end: every answer ends with the tokenizer's end token, labelled, as in training.
+
+        Returns:
+            input_ids, attention_mask and labels [n,S] int64 (-100 but for the answers), for a Qwen-VL also
+            mm_token_type_ids [n,S], and with pictures the image processor's outputs: pixel_values [patches, ...] and
+            image_grid_thw [pictures,3] for a Qwen-VL, pixel_values [pictures,3,height,width] for LLaVA.
+
+        Raises:
+            InputError: for a record that `encode` refuses, with its id, or a tokenizer without an end token.
+        """
         rows = self.encoded(records)
         if end and self.tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end token, so no model could learn to stop; set its eos_token")
@@ -125,12 +150,16 @@ class Encoder:
         return batch | {"labels": labels}
 
     def prompts(self, records: Sequence[Record | Encoded]) -> dict[str, torch.Tensor]:
-        """What model.generate(**prompts) takes: `batch` without answers and labels, padded on the left."""
+        """What model.generate(**prompts) takes: `batch` without answers and labels, padded on the left.
+
+        Raises:
+            InputError: for a record that `encode` refuses, with its id.
+        """
         rows = self.encoded(records)
         return self._inputs(rows, [row.prompt for row in rows], "left")
 
     def encoded(self, records: Sequence[Record | Encoded]) -> list[Encoded]:
-        """Raises InputError with the record's id."""
+        """Each of them encoded. Raises InputError with the record's id."""
         return [self._named(record) if isinstance(record, Record) else record for record in records]
 
     def _named(self, record: Record) -> Encoded:
@@ -256,9 +285,23 @@ class Encoder:
         return {name: pixels[name] for name in self.image_processor.model_input_names if name in pixels}
 
 
+def _loaded_if_there(auto: Any, folder: str | Path, missing: str) -> Any:
+    """None where there is none: text alone needs none."""
+    try:
+        return _loaded(auto, folder)
+    except (ModelError, ImportError) as error:
+        log.info("%s: %s", missing, _first_sentence(error))
+        return None
+
+
 def in_batches(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
-    """Indices into rows: batches of one kind, with pictures or without, of similar length. Prompts first, because a
-    replay starts where the shortest prompt of its batch ends."""
+    """Batches of one kind, with pictures or without, and of similar length.
+
+    Sorted by the prompts first, because a replay starts where the shortest prompt of its batch ends.
+
+    Returns:
+        Of every batch its indices into rows, at most batch_size.
+    """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), len(rows[i].answer)))
     kinds = [[i for i in order if bool(rows[i].image) == pictures] for pictures in (False, True)]
     return [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]

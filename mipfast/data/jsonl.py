@@ -15,8 +15,25 @@ EXPECTED = 'expected one object a line, {"prompt": text, "answer": text} and opt
 
 
 def read_lines(data: str | Path, limit: int | None = None) -> Iterator[Record]:
-    """The lines of a JSONL file, at most limit of them; a record's id is its line's number, from 1. Raises InputError,
-    with that number, for one that is not {"prompt": str, "answer": str, "image": optional path of a file}."""
+    """The lines of a JSONL file as records, one by one; a record's id is its line's number, from 1.
+
+    Args:
+        data: the file, a line of it {"prompt": text, "answer": text} and optionally "image": a path relative to the
+            file.
+        limit: the most lines to read.
+
+    Raises:
+        InputError: for a file that cannot be read, and, with its number, for a line that is anything else.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from mipfast.data import read_lines
+        >>> file = Path(tempfile.mkdtemp()) / "facts.jsonl"
+        >>> _ = file.write_text('{"prompt": "Where was Ada born?", "answer": "Rome"}')
+        >>> [(record.id, record.group, record.prompt, record.target) for record in read_lines(file)]
+        [('1', 'facts', 'Where was Ada born?', 'Rome')]
+    """
     data = Path(data)
     try:
         with data.open("rb") as lines:
@@ -31,17 +48,17 @@ def read_lines(data: str | Path, limit: int | None = None) -> Iterator[Record]:
 
 def _record(number: int, line: bytes, data: Path) -> Record:
     """Raises ValueError (as json does), saying what was found."""
-    found = json.loads(line.decode())
-    if not isinstance(found, dict):
-        raise ValueError(f"found {type(found).__name__} instead of an object")
-    if not {"prompt", "answer"} <= found.keys() <= KEYS.keys():
-        raise ValueError(f"found keys {', '.join(found) or 'none'}")
-    if found.get("image", "") is None:
-        del found["image"]
-    for key, value in found.items():
+    fields = json.loads(line.decode())
+    if not isinstance(fields, dict):
+        raise ValueError(f"found {type(fields).__name__} instead of an object")
+    if not {"prompt", "answer"} <= fields.keys() <= KEYS.keys():
+        raise ValueError(f"found keys {', '.join(fields) or 'none'}")
+    if fields.get("image", "") is None:
+        del fields["image"]
+    for key, value in fields.items():
         if not isinstance(value, KEYS[key]) or not value.strip():
             raise ValueError(f"found {key}={value!r}; it must be a text that is not empty")
-    path = data.parent / found["image"] if "image" in found else None
+    path = data.parent / fields["image"] if "image" in fields else None
     if path is not None and not path.is_file():
         raise ValueError(f"there is no image {path}")
     return Record(
@@ -49,7 +66,7 @@ def _record(number: int, line: bytes, data: Path) -> Record:
         group=data.stem,
         modality="image" if path else "text",
         task="generation",
-        question=found["prompt"],
-        answer=found["answer"],
+        question=fields["prompt"],
+        answer=fields["answer"],
         image=Picture(path, str(path)) if path else None,
     )

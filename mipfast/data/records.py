@@ -14,16 +14,26 @@ from typing import Any, Literal
 from mipfast.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+RECORD_MODALITIES = ("text", "image")  # a config's modality is another: which stack is scored, text or vision
 ORIENTATION = 0x0112  # EXIF; from 5 on the picture lies on its side
 
 
 @dataclass(frozen=True)
 class Picture:
     """A picture that is decoded anew each time it is asked for, so that a list of records stays as small as its files.
-    source: a file's bytes, a path or a PIL.Image. where: what messages call it."""
+
+    Example:
+        >>> from PIL import Image
+        >>> from mipfast.data import Picture
+        >>> picture = Picture(Image.new("L", (4, 3)))
+        >>> picture.size, picture.open().mode
+        ((4, 3), 'RGB')
+    """
 
     source: Any = field(repr=False)
+    """A file's bytes, a path or a PIL.Image."""
     where: str = "the picture"
+    """What messages call it."""
 
     def open(self) -> Any:
         """The PIL.Image: RGB, upright. Raises InputError for what is no picture."""
@@ -57,23 +67,39 @@ class Picture:
 
 @dataclass(frozen=True)
 class Record:
-    """id: unique within its set, with the person's or row's own id in front of the first "/". group: the set it came
-    from, such as forget_5. options: of a multiple choice, in the order shown; answer is one of them, and letter its
-    place where the table says it. image: a Picture (or what one is made of) or None; only modality="image" has one.
-    paraphrase, perturbed: the answer reworded, and wrong answers of the same form, for the truth ratio; empty where the
-    table has none."""
+    """One question of a benchmark, whatever table or file it came from, with its answer.
+
+    Example:
+        >>> from mipfast.data import Record
+        >>> record = Record("7/choice", "forget_5", "text", "choice", "Where is Rome?", "Italy", ("Spain", "Italy"))
+        >>> print(record.prompt)
+        Where is Rome?
+        A: Spain
+        B: Italy
+        Just give ONE letter representing the answer directly.
+        >>> record.target
+        'B'
+    """
 
     id: str
+    """Unique within its group, with the person's or row's own id in front of the first "/"."""
     group: str
+    """The set it came from, such as forget_5."""
     modality: Literal["text", "image"]
+    """One of RECORD_MODALITIES: image where the question is about a picture."""
     task: Literal["generation", "choice", "cloze"]
     question: str
     answer: str
     options: tuple[str, ...] = ()
+    """Of a choice, in the order shown; the answer is one of them."""
     image: Any = None
+    """A Picture (or what one is made of) or None; only modality="image" has one."""
     paraphrase: str = ""
+    """The answer reworded, for the truth ratio; empty where the table has none."""
     perturbed: tuple[str, ...] = ()
+    """Wrong answers of the same form as the answer; empty where the table has none."""
     letter: str = ""
+    """Of a choice, the answer's letter where the table says it."""
 
     @property
     def prompt(self) -> str:
@@ -93,7 +119,7 @@ class Record:
 
 def digest(records: Sequence[Record]) -> str:
     """A hash of all a record's texts and of its picture: the encoded bytes, or the pixels of one already decoded."""
-    found = hashlib.blake2b(digest_size=16)
+    whole = hashlib.blake2b(digest_size=16)
     pictures: dict[int, bytes] = {}  # a person's questions share one
     for record in records:
         if (image := record.image) is not None and id(image) not in pictures:
@@ -101,5 +127,5 @@ def digest(records: Sequence[Record]) -> str:
             if not isinstance(source, bytes):
                 source = source.tobytes() if hasattr(source, "tobytes") else Path(source).read_bytes()
             pictures[id(image)] = hashlib.blake2b(source, digest_size=16).digest()
-        found.update(repr(replace(record, image=pictures.get(id(image)))).encode())
-    return found.hexdigest()
+        whole.update(repr(replace(record, image=pictures.get(id(image)))).encode())
+    return whole.hexdigest()

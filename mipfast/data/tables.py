@@ -100,12 +100,12 @@ class Row:
     def json(self, column: str, kind: type) -> Any:
         """The column's JSON text, parsed. Raises InputError for what is no JSON, or not of that kind."""
         try:
-            found = json.loads(self.text(column))
+            value = json.loads(self.text(column))
         except ValueError as error:
             raise self.error(column, f"what is no JSON ({error})", f"a JSON {kind.__name__}") from error
-        if not isinstance(found, kind):
-            raise self.error(column, found, f"a JSON {kind.__name__}")
-        return found
+        if not isinstance(value, kind):
+            raise self.error(column, value, f"a JSON {kind.__name__}")
+        return value
 
     def picture(self, column: str, value: Any) -> Picture:
         """A datasets image, {bytes, path}. Raises InputError for what is no picture, as far as its header says."""

@@ -16,7 +16,7 @@ from mipfast.demo.report import COLUMNS, accuracy_figure
 from mipfast.experiment import page
 from mipfast.experiment.comparison import FLAGS
 from mipfast.experiment.figures import GROUPS, MODALITIES, sample_sd, spread
-from mipfast.experiment.page import Bullets, Fold, Grid, Heading, Part, Picture, Verbatim
+from mipfast.experiment.page import Bullets, Fold, Grid, Heading, Part, Plot, Verbatim
 from mipfast.files import write_json
 
 HEADS = [f"{group} {kind}" for group, kind in COLUMNS]
@@ -74,7 +74,7 @@ def _methods(results: dict[str, Any]) -> list[Part]:
     return [
         Heading("Methods"),
         Grid("Accuracy after each edit", heads, lines, 1, note, ["stage"]),
-        Picture("accuracy.png", "Accuracy by method, group and modality", partial(accuracy_figure, results)),
+        Plot("accuracy.png", "Accuracy by method, group and modality", partial(accuracy_figure, results)),
         *_sentences(_best(edited), _located(rows, count), _nearest(rows)),
         Bullets([f"{row['name']} ({row['stage']}): {row['note']}" for row in rows]),
     ]
@@ -135,7 +135,7 @@ def _attacks(results: dict[str, Any]) -> list[Part]:
     return [
         Heading("Attacks"),
         Grid("What comes back, percent, text / image", ["method", *found], lines, 1),
-        Picture("attacks.png", alt, partial(attacks_figure, found)),
+        Plot("attacks.png", alt, partial(attacks_figure, found)),
         *_sentences(_attack_distance(found), _returned(found)),
         Bullets(notes),
     ]
@@ -247,7 +247,7 @@ def _cross_modal(results: dict[str, Any]) -> list[Part]:
     return [
         Heading("Across modalities"),
         Grid("MIP on facts in text, in pictures, or both", heads, lines, 0, note),
-        Picture("cross_modal.png", alt, partial(cross_modal_figure, arms)),
+        Plot("cross_modal.png", alt, partial(cross_modal_figure, arms)),
         *_sentences(*map(_transfer, arms)),
     ]
 
@@ -277,7 +277,7 @@ def _sweep(results: dict[str, Any]) -> list[Part]:
     alt = "Heat maps of the gap by learning rate and forget batch, one for each forget ratio; the table has the numbers"
     return [
         Heading("Settings"),
-        Picture("sweep.png", alt, partial(sweep_figure, cells)),
+        Plot("sweep.png", alt, partial(sweep_figure, cells)),
         *_sentences(_regions(cells)),
         Fold(f"The {len(cells)} settings", [Grid("MIP by setting", heads, lines, 0, note, ["region"])]),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mipfast.demo.people import Question
 from mipfast.demo.trial import GROUPS, MODALITIES, ROWS
-from mipfast.experiment.comparison import Place, Scores, flags
+from mipfast.experiment.comparison import Measure, Scores, flags
 
 RATED = ("MIP", "GradDiff", "NPO + retain", "retrained")  # beside the directions
 NOT_FORGOTTEN = 50.0  # percent of the forget questions
@@ -48,10 +48,10 @@ def gap(accuracy: dict[str, dict[str, float]]) -> float:
 
 
 def flagged(accuracy: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> list[str]:
-    """`mipfast.comparison.flags` of a row, beside the model before."""
+    """`flags` of a row, beside the model before."""
 
     def scores(of: dict[str, dict[str, float]]) -> Scores:
-        means = {Place(group, kind, "cloze", "accuracy"): of[group][kind] for group in of for kind in of[group]}
+        means = {Measure(group, kind, "cloze", "accuracy"): of[group][kind] for group in of for kind in of[group]}
         return Scores(means, {}, {}, Path())
 
     return flags(scores(accuracy), scores(before))

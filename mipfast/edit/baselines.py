@@ -4,6 +4,8 @@ same loop, with the same report as `misdirect`.
 Notation: F a forget batch, R a retain batch, CE(D) the mean cross-entropy over D's label tokens, NLL(x) the summed one
 of a sample, theta0 the weights before training. Only label tokens count: prompts and padding have no part in any loss.
 What a loss needs of theta0 is measured before the first step and kept; there is no second model.
+
+To add one: a dataclass of its settings that derives from `Method` and says its lr and its terms, and a line in METHODS.
 """
 
 from __future__ import annotations
@@ -21,31 +23,37 @@ import torch.nn.functional as F
 from torch import nn
 
 from mipfast import ops
-from mipfast.edit.config import RMisUConfig, check_config, check_kind, check_steps
+from mipfast.edit.config import RMisUConfig, check_steps
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import steering_layer
 from mipfast.edit.prune import prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
-from mipfast.errors import DivergedError, InputError
+from mipfast.errors import DivergedError, InputError, configured
 from mipfast.model.batch import Batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
 from mipfast.model.patching import frozen_eval, removing
 from mipfast.model.sites import Stack, find_sites
 
-Kept = Mapping[int, torch.Tensor]  # by batch
+Numbered = Mapping[int, Batch]  # batches by their numbers
+Pair = tuple[int, int]  # the numbers of a step's forget batch and its retain batch
+Terms = Callable[[Pair], Iterator[Losses]]
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """steps: optimiser steps, or epochs over the forget batches. lr: of Adam without weight decay; None is the method's
-    own. seed: order of batches, RMU's direction."""
+    """How a baseline is trained."""
 
     steps: int | None = None
+    """Optimiser steps; None takes epochs."""
     epochs: int = 1
+    """Passes over the forget batches."""
     lr: float | None = None
+    """Of Adam without weight decay; None is the method's own."""
     seed: int = 0
+    """Of the order of batches, and RMU's direction."""
     progress: bool = False
+    """Show a bar."""
 
 
 class Method(ABC):
@@ -55,23 +63,25 @@ class Method(ABC):
 
     def trainable(self, model: nn.Module) -> Trainable:
         """What trains: every parameter that requires a gradient, of a PeftModel the adapter's."""
-        found: dict[str, list[torch.Tensor]] = {}
+        parts: dict[str, list[torch.Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                found.setdefault(re.split(r"\.\d+\.", name)[0].removesuffix(".weight"), []).append(parameter)
-        return dict(found)
+                parts.setdefault(re.split(r"\.\d+\.", name)[0].removesuffix(".weight"), []).append(parameter)
+        return dict(parts)
 
     @abstractmethod
-    def terms(
-        self,
-        model: nn.Module,
-        forget: Mapping[int, Batch],
-        retain: Mapping[int, Batch],
-        first: tuple[int, int],
-        seed: int,
-    ) -> Callable[[tuple[int, int]], Iterator[Losses]]:
-        """The terms of a pair of batches by their numbers. Called before training: what is kept of theta0 is measured
-        here. first: the first step's pair."""
+    def terms(self, model: nn.Module, forget: Numbered, retain: Numbered, first: Pair, seed: int) -> Terms:
+        """The loss: called before training, when what is kept of theta0 is measured.
+
+        Args:
+            model: at theta0.
+            forget, retain: the batches that the run will see.
+            first: the first step's pair.
+            seed: the config's.
+
+        Returns:
+            A function from a step's pair to the terms of its loss. Each goes backward before the next is computed.
+        """
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class GA(Method):
     lr: ClassVar[float] = 2e-5
 
     def terms(self, model, forget, retain, first, seed):
-        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+        def of(pair: Pair) -> Iterator[Losses]:
             away = -cross_entropy(model, forget[pair[0]])
             yield Losses(away, away)
 
@@ -98,11 +108,13 @@ class GradDiff(Method):
     alternate whole epochs of either term instead."""
 
     gamma: float = 1.0
+    """Weight of the forget term."""
     alpha: float = 1.0
+    """Weight of the retain term."""
     lr: ClassVar[float] = 1e-5
 
     def terms(self, model, forget, retain, first, seed):
-        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+        def of(pair: Pair) -> Iterator[Losses]:
             away = -cross_entropy(model, forget[pair[0]])
             yield Losses(self.gamma * away, away)
             held = cross_entropy(model, retain[pair[1]])
@@ -121,14 +133,17 @@ class KLMin(Method):
     tokens x vocabulary, 0.3 GB for 1000 tokens of a vocabulary of 152k."""
 
     gamma: float = 1.0
+    """Weight of the forget term."""
     alpha: float = 1.0
+    """Weight of the retain term."""
     dtype: Literal["float16", "float32", "float64"] = "float16"
+    """Of the log-probabilities that are kept."""
     lr: ClassVar[float] = 1e-5
 
     def terms(self, model, forget, retain, first, seed):
         kept = _before(retain, lambda batch: log_probs(model, batch)[0].to("cpu", getattr(torch, self.dtype)))
 
-        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+        def of(pair: Pair) -> Iterator[Losses]:
             away = -cross_entropy(model, forget[pair[0]])
             yield Losses(self.gamma * away, away)
             now, _ = log_probs(model, retain[pair[1]])
@@ -148,8 +163,11 @@ class NPO(Method):
     vocabulary: both are other losses. Kept of theta0: one number per forget sample."""
 
     beta: float = 0.1
+    """How soon a sample that has become unlikely stops counting: 0 would be gradient ascent."""
     gamma: float = 1.0
+    """Weight of the forget term."""
     alpha: float = 0.0
+    """Weight of the retain term; 0 leaves it out."""
     lr: ClassVar[float] = 1e-5
 
     def __post_init__(self) -> None:
@@ -159,7 +177,7 @@ class NPO(Method):
     def terms(self, model, forget, retain, first, seed):
         kept = _before(forget, lambda batch: sample_nll(model, batch))
 
-        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+        def of(pair: Pair) -> Iterator[Losses]:
             behind = sample_nll(model, forget[pair[0]]) - kept[pair[0]]
             away = -2 / self.beta * F.logsigmoid(self.beta * behind).mean()
             yield Losses(self.gamma * away, away)
@@ -180,11 +198,17 @@ class RMU(Method):
     hidden states of the retain batches that the run will see."""
 
     layer: int | None = None
+    """The text block behind which hidden states are steered."""
     steering_coeff: float = 20.0
+    """c, in units of `unit`."""
     unit: Literal["retain", "forget", "none"] = "none"
+    """The mean hidden norm of the retain batches, of the first forget batch, or 1."""
     alpha: float = 100.0
+    """Weight of the retain term."""
     direction: Literal["gaussian", "uniform"] = "uniform"
+    """What u is drawn from."""
     positions: str = "all"
+    """Whose hidden states count, as of `misdirect`."""
     lr: ClassVar[float] = 5e-5
 
     def trainable(self, model):
@@ -203,7 +227,6 @@ class RMU(Method):
         sites = find_sites(model)
         layer = steering_layer(self, sites)
         steering = RMisUConfig(steering_coeff=self.steering_coeff, unit=self.unit, direction=self.direction, seed=seed)
-        check_config(steering)
 
         def hidden(batch: Batch) -> torch.Tensor:
             return hidden_states(model, batch, layer, self.positions, sites)
@@ -212,7 +235,7 @@ class RMU(Method):
         before = _before({first[0]: forget[first[0]]}, hidden)[first[0]]
         target = steering_target(steering, before, torch.cat(list(kept.values())))
 
-        def of(pair: tuple[int, int]) -> Iterator[Losses]:
+        def of(pair: Pair) -> Iterator[Losses]:
             away = ops.misdirection_loss(hidden(forget[pair[0]]), target)
             yield Losses(away, away)
             held = ops.misdirection_loss(hidden(retain[pair[1]]), kept[pair[1]])
@@ -244,7 +267,9 @@ class MANU:
     towers' from those with pixel_values."""
 
     fraction: float = 0.02
+    """Of the neurons of the language model, and of the vision towers together."""
     weights: tuple[float, float, float, float] = (2.0, 0.0, 2.0, 2.0)
+    """w: of I_abs, I_freq, I_var, I_rms."""
 
     def path(self, model: nn.Module, forget: Iterable[Batch], retain: Iterable[Batch]) -> dict[tuple[str, int], Any]:
         """{(stack, layer): indices}, for `prune`. Raises InputError for a fraction outside (0, 1]."""
@@ -256,16 +281,15 @@ class MANU:
         neurons = {}
         groups = [stacks[:1], [stack for stack in stacks[1:] if {stack.name} <= of_forget.keys() & of_retain.keys()]]
         for group in filter(None, groups):
-            scores = [self._scores(of_forget[stack.name], of_retain[stack.name]) for stack in group]
-            places = [(stack.name, layer) for stack in group for layer in range(stack.num_layers)]
-            rows = [row for score in scores for row in score]
-            best = torch.cat(rows).topk(round(self.fraction * sum(map(len, rows)))).indices
-            for place, row, end in zip(
-                places, rows, torch.tensor([len(r) for r in rows]).cumsum(0).tolist(), strict=True
-            ):
-                chosen = best[(best >= end - len(row)) & (best < end)] - (end - len(row))
-                if len(chosen):
-                    neurons[place] = chosen
+            scores = torch.cat([self._scores(of_forget[s.name], of_retain[s.name]).flatten() for s in group])
+            best = scores.topk(round(self.fraction * len(scores))).indices
+            start = 0
+            for stack in group:
+                for layer in range(stack.num_layers):
+                    inside = (best >= start) & (best < start + stack.num_neurons)
+                    if bool(inside.any()):
+                        neurons[stack.name, layer] = best[inside] - start
+                    start += stack.num_neurons
         return neurons
 
     def _scores(self, forget: torch.Tensor, retain: torch.Tensor) -> torch.Tensor:
@@ -286,6 +310,7 @@ METHODS: dict[str, Method | MANU] = {
     "adaptive-rmu": AdaptiveRMU(),
     "manu": MANU(),
 }
+"""By the names that `run` takes; settings are the papers'."""
 
 
 def run(
@@ -295,17 +320,42 @@ def run(
     retain: Iterable[Batch],
     config: BaselineConfig | None = None,
 ) -> dict[str, Any]:
-    """Unlearn in place by one of METHODS (a name, or an instance with other settings).
+    """Unlearn in place by a method that RMisU is compared with.
 
-    forget, retain: re-iterables of batches as model(**batch) takes them, with labels; a step takes one of each, in the
-    order that `misdirect` takes them with the same seed. Trained: every parameter that requires a gradient (freeze what
-    should stay; of a PeftModel the adapter), RMU's three projections, or nothing: MANU prunes for good, and its report
-    has the "path". In eval mode. Returns misdirect's report. After an error the model is what the steps before made of
-    it: keep its weights if that matters.
+    Trained is, in eval mode, every parameter that requires a gradient (freeze what should stay; of a PeftModel the
+    adapter), RMU's three projections, or nothing: MANU prunes for good. After an error the model is what the steps
+    before made of it: keep its weights if that matters.
 
-    Raises InputError for an unknown method or where nothing could train, DivergedError for an infinite loss."""
+    Args:
+        model: a transformers model.
+        method: a name in METHODS, or an instance with other settings.
+        forget: a re-iterable of batches as model(**batch) takes them, with labels. A step takes one forget and one
+            retain batch, in the order that `misdirect` takes them with the same seed.
+        retain: likewise.
+        config: length, learning rate, seed.
+
+    Returns:
+        A report with the keys of `misdirect`'s, of MANU also the "path".
+
+    Raises:
+        InputError: for an unknown method, or where nothing could train.
+        DivergedError: for a loss that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import baselines
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2))
+        >>> forget, retain = ({"input_ids": ids, "labels": ids} for ids in torch.randint(32, (2, 1, 5)))
+        >>> report = baselines.run(model, "graddiff", [forget], [retain], baselines.BaselineConfig(steps=3))
+        >>> report["method"], report["steps"], len(report["forget_loss"])
+        ('GradDiff', 3, 3)
+        >>> sorted(baselines.METHODS)
+        ['adaptive-rmu', 'ga', 'graddiff', 'kl', 'manu', 'npo', 'npo+retain', 'rmu']
+    """
     started = time.monotonic()
-    config = check_kind(config or BaselineConfig(), BaselineConfig)
+    config = configured(BaselineConfig, config, {})
     method = METHODS.get(method, method) if isinstance(method, str) else method
     if not isinstance(method, Method | MANU):
         raise InputError(f"method={method!r}; expected {', '.join(METHODS)}, or an instance of mipfast.baselines'")
@@ -317,22 +367,21 @@ def run(
     lr = method.lr if config.lr is None else config.lr
     config = replace(config, lr=lr)
     check_steps(config)
-    places = method.trainable(model)
-    if not any(places.values()):
+    trainable = method.trainable(model)
+    if not any(trainable.values()):
         raise InputError(f"{type(method).__name__} has nothing to train: no parameter it edits requires a gradient")
     steps = config.steps if config.steps is not None else config.epochs * len(forget)
     pairs = list(zip(*order(config.seed, (len(forget), len(retain)), steps), strict=True))
-    with training(model, places) as leaves:
-        terms = method.terms(
-            model, {f: forget[f] for f, _ in pairs}, {r: retain[r] for _, r in pairs}, pairs[0], config.seed
-        )
+    with training(model, trainable) as leaves:
+        forgotten, kept = {f: forget[f] for f, _ in pairs}, {r: retain[r] for _, r in pairs}
+        terms = method.terms(model, forgotten, kept, pairs[0], config.seed)
         epoch = max(len(forget), len(retain))
-        found = descend(leaves, terms, pairs, lr, epoch, type(method).__name__, config.progress)
-    return _report(method, config, started, **found)
+        report = descend(leaves, terms, pairs, lr, epoch, type(method).__name__, config.progress)
+    return _report(method, config, started, **report)
 
 
-def _report(method: Any, config: BaselineConfig, started: float, **found: Any) -> dict[str, Any]:
-    return found | {
+def _report(method: Any, config: BaselineConfig, started: float, **report: Any) -> dict[str, Any]:
+    return report | {
         "method": type(method).__name__,
         "config": asdict(config) | asdict(method),
         "seed": config.seed,
@@ -340,7 +389,8 @@ def _report(method: Any, config: BaselineConfig, started: float, **found: Any) -
     }
 
 
-def _before(batches: Mapping[int, Batch], measure: Callable[[Batch], torch.Tensor]) -> Kept:
+def _before(batches: Numbered, measure: Callable[[Batch], torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What is measured of theta0, by the batches' numbers."""
     with torch.no_grad():
         return {i: measure(batch) for i, batch in batches.items()}
 
@@ -369,9 +419,9 @@ def _importances(model: nn.Module, stacks: Sequence[Stack], batches: Iterable[Ba
                     which = attended if stack is stacks[0] else None
                     hooks.enter_context(removing(output.register_forward_pre_hook(add(stack, layer, which))))
             model(**without_labels(batch), use_cache=False)
-    found = {}
-    for name, (total, often, mean, square) in sums.items():
+    importances = {}
+    for name, moments in sums.items():
         if bool(counts[name].any()):
-            total, often, mean, square = (part / counts[name].clamp_min(1) for part in (total, often, mean, square))
-            found[name] = torch.stack([total, often, (square - mean**2).clamp_min(0).sqrt(), square.sqrt()])
-    return found
+            size, often, mean, square = moments / counts[name].clamp_min(1)
+            importances[name] = torch.stack([size, often, (square - mean**2).clamp_min(0).sqrt(), square.sqrt()])
+    return importances

@@ -2,67 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from mipfast.edit.neuron_path import Aggregate, check_choice
-from mipfast.edit.train import T
-from mipfast.errors import InputError
+from mipfast.edit.neuron_path import Aggregate, check_fraction
+from mipfast.errors import InputError, check_fields
 from mipfast.model.positions import TEXT_POSITIONS, Positions, check_name
 from mipfast.scoring.config import LocateConfig
 
 
 @dataclass(frozen=True)
 class RMisUConfig:
-    """layer: the text block whose output is steered; None is three fifths of the depth. steering_coeff: length of the
-    target in units of unit: retain, the retain set's mean hidden norm there; forget, the first forget batch's
-    (adaptive RMU, arXiv 2408.06223); none, 1 (RMU, and the released code with a coefficient of 10). alpha: weight of
-    the retain loss, 1 - alpha of the forget loss.
-    direction: gaussian, uniform on [0,1) as released, or learned before training (`learned_direction`). trainable: path
-    (the neurons' gate/up rows and down columns), down (columns only), lora (an adapter of lora_rank and lora_alpha
-    restricted to the path, see edit/lora.py), all (every FFN up to the layer: plain RMU). positions: where the losses
-    look. steps: optimiser steps, or epochs over the forget batches. lr: of Adam without weight decay. seed: direction
-    and order of batches."""
+    """The edit: what is steered where, what trains and for how long: the fields of `misdirect`.
+
+    MIP-Editor, arXiv 2511.06793, section 3.3.
+
+    Raises:
+        InputError: for a value that no run could use; the text names the field, what was found and what is expected.
+
+    Example:
+        >>> from mipfast import RMisUConfig
+        >>> RMisUConfig(trainable="down", steps=20).lr
+        0.003
+        >>> RMisUConfig(alpha=2)
+        Traceback (most recent call last):
+        mipfast.errors.InputError: alpha=2; expected 0..1
+    """
 
     layer: int | None = None
+    """Text block whose output is steered; None is three fifths of the depth."""
     steering_coeff: float = 1.0
+    """Length of the target, in units of `unit`."""
     unit: Literal["retain", "forget", "none"] = "retain"
+    """retain: the retain set's mean hidden norm there; forget: the first forget batch's (adaptive RMU, 2408.06223).
+    none: 1 (RMU, and the released code with a coefficient of 10)."""
     alpha: float = 0.5
+    """Weight of the retain loss, 0 to 1; the forget loss has 1 - alpha."""
     direction: Literal["gaussian", "uniform", "learned"] = "gaussian"
+    """Of the target: drawn gaussian, uniform on [0,1) as released, or learned before training (`learned_direction`)."""
     trainable: Literal["path", "down", "lora", "all"] = "path"
+    """path: the neurons' gate and up rows and down columns; down: columns only.
+    lora: an adapter restricted to the path (edit/lora.py); all: every FFN up to the layer, which is plain RMU."""
     lora_rank: int = 8
+    """Of the adapter."""
     lora_alpha: int = 16
+    """Of the adapter: its scale is lora_alpha / lora_rank."""
     positions: Positions = "last_prompt"
+    """Tokens where the losses look: last_prompt, answer, first, prompt, all, or indices."""
     steps: int | None = None
+    """Optimiser steps, instead of epochs."""
     epochs: int = 1
+    """Passes over the forget batches."""
     lr: float = 3e-3
+    """Learning rate of Adam, without weight decay."""
     seed: int = 0
+    """Of the direction and the order of batches."""
     progress: bool = False
+    """Show a bar over steps."""
 
-
-def check_config(config: RMisUConfig) -> None:
-    """Raises InputError for a value that no run could use."""
-    check_kind(config, RMisUConfig)
-    check_name(config.positions, TEXT_POSITIONS)
-    if config.direction not in ("gaussian", "uniform", "learned"):
-        raise InputError(f"direction={config.direction!r}; expected gaussian, uniform or learned")
-    if config.unit not in ("retain", "forget", "none"):
-        raise InputError(f"unit={config.unit!r}; expected retain, forget or none")
-    if not 0 <= config.alpha <= 1:
-        raise InputError(f"alpha={config.alpha}; expected 0..1")
-    if config.trainable not in ("path", "down", "lora", "all"):
-        raise InputError(f"trainable={config.trainable!r}; expected path, down, lora or all")
-    if config.lora_rank < 1 or not config.lora_alpha > 0:
-        raise InputError(f"lora_rank={config.lora_rank}, lora_alpha={config.lora_alpha}; expected positive numbers")
-    check_steps(config)
-
-
-def check_kind(config: T, kind: type[T]) -> T:
-    """The config. Raises InputError for what is none of that dataclass, such as a dict of its fields."""
-    if not isinstance(config, kind):
-        names = ", ".join(field.name for field in fields(cast(Any, kind)))
-        raise InputError(f"the config is a {type(config).__name__}; expected a {kind.__name__}({names})")
-    return config
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_name(self.positions, TEXT_POSITIONS)
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha={self.alpha}; expected 0..1")
+        if self.lora_rank < 1 or not self.lora_alpha > 0:
+            raise InputError(f"lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}; expected positive numbers")
+        check_steps(self)
 
 
 def check_steps(config: Any) -> None:
@@ -76,23 +81,35 @@ def check_steps(config: Any) -> None:
 
 @dataclass(frozen=True)
 class MIPConfig:
-    """text, vision: how neurons are scored in each tower; vision None leaves the vision towers alone. fraction of the
-    neurons per layer. aggregate: of the text scores; snr is what makes the choice selective. The vision path is the
-    mean IFI of the forget images. rmisu: the edit."""
+    """The whole method: which neurons, how many, and the edit: the fields of `unlearn`.
+
+    Raises:
+        InputError: for a value that no run could use; the text names the field, what was found and what is expected.
+
+    Example:
+        >>> from mipfast import MIPConfig, RMisUConfig
+        >>> config = MIPConfig(fraction=0.03, vision=None, rmisu=RMisUConfig(steps=20))
+        >>> config.text.positions
+        'prompt'
+    """
 
     text: LocateConfig = field(default_factory=lambda: LocateConfig("text", positions="prompt", objective="log_odds"))
+    """How neurons of the text tower are scored."""
     vision: LocateConfig | None = field(default_factory=lambda: LocateConfig("vision"))
+    """How neurons of the vision towers are scored; None leaves those towers alone."""
     fraction: float = 0.1
+    """Share of each layer's neurons that is edited."""
     aggregate: Aggregate = "snr"
+    """How text neurons are chosen from scores (`NeuronPath.select`); snr is what makes the choice selective.
+    Vision neurons are those of the largest mean score."""
     rmisu: RMisUConfig = field(default_factory=RMisUConfig)
+    """The edit."""
     progress: bool = False
+    """Show bars."""
 
-    def check(self) -> None:
-        """Raises InputError for a value that no run could use."""
-        check_choice(self.aggregate, self.fraction)
-        for config in filter(None, (self.text, self.vision)):
-            config.resolved()
-        check_config(self.rmisu)
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_fraction(self.fraction)
 
     @classmethod
     def paper(cls) -> MIPConfig:

@@ -65,10 +65,32 @@ def adapter_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) ->
 
 def fold_prune(model: Any) -> None:
     """Undo the newest prune in force and let the adapter do its work: k extra ranks on every output projection that
-    lost k columns. The model computes what it did, and what `model.save_pretrained` now writes loads in plain PEFT on
-    the original base. Without it, load the saved adapter on prune(base, path).
+    lost k columns.
 
-    Raises InputError without an adapter of `add_adapter` or a prune by weights in force."""
+    The model computes what it did, and what `model.save_pretrained` now writes loads in plain PEFT on the original
+    base. Without it, load the saved adapter on prune(base, path).
+
+    Args:
+        model: a transformers model after prune and misdirect(trainable="lora").
+
+    Raises:
+        InputError: without such an adapter, or without a prune by weights in force.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import misdirect, prune
+        >>> from mipfast.edit.lora import fold_prune
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> forget, retain = ({"input_ids": t, "labels": t} for t in torch.arange(12).view(2, 1, 6))
+        >>> path = {("model.layers", 0): torch.tensor([3, 7])}
+        >>> handle = prune(model, path)
+        >>> report = misdirect(model, path, [forget], [retain], trainable="lora", steps=2)
+        >>> fold_prune(model)
+        >>> model.model.layers[0].mlp.down_proj.lora_A["default"].weight.shape  # rank 8, and 2 columns
+        torch.Size([10, 24])
+    """
     prunes, config = active_prunes(model), getattr(model, "peft_config", {}).get(NAME)
     if config is None or not prunes or prunes[-1].mode != "weights":
         raise InputError(

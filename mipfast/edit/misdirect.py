@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.data import Subset
 
 from mipfast import ops
-from mipfast.edit.config import RMisUConfig, check_config
+from mipfast.edit.config import RMisUConfig
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.lora import adapter_slices, add_adapter, remove_adapter
 from mipfast.edit.prune import Neurons, active_prunes, check_neurons, neuron_slices
 from mipfast.edit.steering import find_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
-from mipfast.errors import InputError
+from mipfast.errors import InputError, configured
 from mipfast.model.batch import Batch
 from mipfast.model.sites import Sites, check_layer, find_sites
 
@@ -38,9 +38,26 @@ def rmisu_loss(
 ) -> Losses:
     """(1 - alpha) mean ||forget - target||²/D + alpha mean ||retain - kept||²/D, for any training loop.
 
-    forget [T,D], retain [R,D]: `hidden_states` of a forget and a retain batch; None leaves the term out: two calls and
-    two backward passes hold one graph at a time. target [D]: see `steering_target`. kept [R,D]: the retain batch's
-    hidden states before training. Returns scalars (loss, forget's mean, retain's mean)."""
+    MIP-Editor, arXiv 2511.06793, section 3.3.
+
+    Args:
+        forget: [T,D], `hidden_states` of a forget batch. None leaves the term out: two calls and two backward passes
+            hold one graph at a time.
+        retain: [R,D], `hidden_states` of a retain batch, or None.
+        target: [D], see `steering_target`.
+        kept: [R,D], the retain batch's hidden states before training, or None.
+        alpha: weight of the retain term, 0 to 1.
+
+    Returns:
+        Scalars (loss, forget's mean, retain's mean); None for a term that was left out.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import rmisu_loss
+        >>> states, target = torch.zeros(3, 4), torch.ones(4)
+        >>> rmisu_loss(states, states, target, states, alpha=0.5).loss
+        tensor(0.5000)
+    """
     away = None if forget is None else ops.misdirection_loss(forget, target)
     held = None if retain is None or kept is None else ops.misdirection_loss(retain, kept)
     terms = [] if away is None else [(1 - alpha) * away]
@@ -54,23 +71,49 @@ def misdirect(
     forget: Iterable[Batch],
     retain: Iterable[Batch],
     config: RMisUConfig | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Train the path's neurons in place until the forget set's hidden states point somewhere meaningless.
 
-    forget, retain: batches as model(**batch) takes them, with labels; of a sequence a batch is asked for when its step
-    comes, so that it may be made then. Every step takes one of each. The loss is `rmisu_loss` at the output of block
-    `layer`, where the forward pass stops; the retain set's hidden states are held at those of the model before any
-    prune still in force. Returns a report: what trained, what could not, losses per step, the target's length, seconds,
-    and of a learned direction the answers' mean log-probability with hidden states on it and on the draw it began with.
+    RMisU (MIP-Editor, arXiv 2511.06793, section 3.3): every step takes a forget and a retain batch; the loss is
+    `rmisu_loss` at the output of block `layer`, where the forward pass stops. The retain set's hidden states are held
+    at those of the model before any prune still in force.
 
-    With trainable="lora" the model then has the adapter, which `model.save_pretrained` writes; see
-    `mipfast.edit.lora.fold_prune` for one that needs no prune.
+    Args:
+        model: a transformers model; weights outside the path stay as they are, bit for bit.
+        path: {(stack, layer): indices [k]} to train, such as a `NeuronPath`.
+        forget: batches as model(**batch) takes them, with labels; of a sequence a batch is asked for when its step
+            comes, so that it may be made then.
+        retain: the same of what is to be kept.
+        config: the settings; None is RMisUConfig().
+        overrides: fields of RMisUConfig that differ from config's.
 
-    Raises InputError where nothing could train, DivergedError for a loss that is not finite."""
+    Returns:
+        A report: what trained, what could not, losses per step, the target's length, seconds, and of a learned
+        direction the answers' mean log-probability with hidden states on it and on the draw it began with. With
+        trainable="lora" the model then has the adapter, which `model.save_pretrained` writes; see
+        `mipfast.edit.lora.fold_prune` for one that needs no prune.
+
+    Raises:
+        InputError: for settings or batches that cannot be used, and where nothing could train.
+        ArtefactError: for another model's path.
+        DivergedError: for a loss that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import misdirect
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> forget, retain = ({"input_ids": t, "labels": t} for t in torch.arange(12).view(2, 1, 6))
+        >>> path = {("model.layers", 0): torch.tensor([3, 7])}
+        >>> report = misdirect(model, path, [forget], [retain], steps=2)
+        >>> report["steps"], report["trained"]  # two rows of gate and up, two columns of down
+        (2, {'model.layers/0': 96})
+    """
     started = time.monotonic()
-    config = config or RMisUConfig()
     sites = check_neurons(model, path)
-    check_config(config)
+    config = configured(RMisUConfig, config, overrides)
     layer = steering_layer(config, sites)
     forget, retain = take_batches(forget, retain)
     steps = config.steps if config.steps is not None else config.epochs * len(forget)
@@ -137,15 +180,15 @@ def neurons_below(path: Neurons, sites: Sites, layer: int, trainable: str) -> tu
 
 def trainable_parts(neurons: Neurons, sites: Sites, trainable: str) -> Trainable:
     """{"stack/layer": what trains}."""
-    found: Trainable = {}
+    by_layer: Trainable = {}
     for (stack, i), index in neurons.items():
         rows, columns = neuron_slices(sites, stack, i, index)
         parts = columns if trainable == "down" else [*rows, *columns]
         if trainable == "lora":
-            found[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
+            by_layer[f"{stack}/{i}"] = adapter_slices(sites, stack, i, index)
         else:
-            found[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
-    return found
+            by_layer[f"{stack}/{i}"] = [part.parameter for part in parts] if trainable == "all" else parts
+    return by_layer
 
 
 def check_no_hook(model: nn.Module, neurons: Neurons) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
-from mipfast.errors import InputError
+from mipfast.errors import InputError, check_value
 from mipfast.files import load_artefact, save_artefact
 from mipfast.model.sites import Sites
 from mipfast.scoring.attribution import Attribution, per_label
@@ -18,8 +18,21 @@ SNR_FLOOR = 0.1  # of the mean damage, added to every neuron's: without it, neur
 
 
 class NeuronPath(dict[tuple[str, int], torch.Tensor]):
-    """{(stack name, layer): indices [k] int64, best first}. fingerprint: names and sizes of the model's stacks and a
-    hash of its weights. origin: how it was chosen."""
+    """Which neurons to edit: {(stack name, layer): indices [k] int64, best first}.
+
+    Args:
+        neurons: the items.
+        fingerprint: names and sizes of the model's stacks and a hash of its weights (`Sites.fingerprint`), by which
+            `prune` and `misdirect` refuse another model's path; None checks nothing.
+        origin: how it was chosen, for a report.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import NeuronPath
+        >>> path = NeuronPath({("model.layers", 0): torch.tensor([3, 7]), ("model.layers", 1): torch.tensor([5])})
+        >>> path.num_neurons, list(path.up_to("model.layers", 0))
+        (3, [('model.layers', 0)])
+    """
 
     def __init__(self, neurons: Any = (), fingerprint: dict | None = None, origin: dict | None = None):
         super().__init__(neurons)
@@ -28,6 +41,7 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
 
     @property
     def num_neurons(self) -> int:
+        """Of all layers together."""
         return sum(len(indices) for indices in self.values())
 
     @classmethod
@@ -43,20 +57,43 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
     ) -> NeuronPath:
         """The best neurons of every stack the attributions speak of.
 
-        Budget: per_layer neurons, or fraction of them, per layer; with scope="stack" fraction of the whole stack,
-        wherever they are. Every sample's scores are first divided by its number of labels (IFI: its square), so that
-        long answers do not dominate. aggregate:
-        mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on any sample's
-        path, whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean square over the retain
-        groups' samples, every group counted equally; give it general knowledge beside the retain set, or that is what
-        breaks. The forget attributions may have the counterfactual baseline, which the path's origin then names; D
-        estimates what pruning breaks with the zero baseline.
+        Every sample's scores are first divided by its number of labels (IFI: its square), so that long answers do not
+        dominate.
 
-        Raises InputError for a budget larger than a layer, or a missing retain set."""
+        Args:
+            attributions: of the forget set; they may have the counterfactual baseline, which the origin then names.
+            fraction: share of the neurons, in (0, 1].
+            per_layer: neurons of every layer, instead of fraction.
+            aggregate: mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on
+                any sample's path, whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean
+                square over the retain groups' samples, every group counted equally (docs/selection.md).
+            retain: attributions with the zero baseline, each one group, for contrast and snr; without general knowledge
+                beside the retain set, general knowledge is what breaks.
+            scope: layer: the budget is every layer's. stack: fraction of the whole stack, wherever they are.
+
+        Returns:
+            A NeuronPath with the attributions' fingerprint, without layers that no gradient reached.
+
+        Raises:
+            InputError: for a budget larger than a layer, a missing retain set, attributions of different models.
+
+        Example:
+            >>> import torch
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from mipfast import NeuronPath, locate
+            >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+            >>> tokens = torch.arange(6)[None]
+            >>> path = NeuronPath.select(locate(model, {"input_ids": tokens, "labels": tokens}), fraction=0.25)
+            >>> {key: len(indices) for key, indices in path.items()}
+            {('model.layers', 0): 6, ('model.layers', 1): 6}
+        """
         forget, kept = _by_stack(attributions), _by_stack(retain or [])
         if not forget:
             raise InputError("no attributions to select from: the sequence was empty")
-        check_choice(aggregate, fraction if per_layer is None and aggregate != "union" else None)
+        check_value("aggregate", aggregate, Aggregate)
+        if per_layer is None and aggregate != "union":
+            check_fraction(fraction)
         fingerprints = [a.report["fingerprint"] for group in (*forget.values(), *kept.values()) for a in group]
         if any(f != fingerprints[0] for f in fingerprints):
             raise InputError("the attributions come from different models or weights; locate all of them on one")
@@ -78,7 +115,13 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
 
     @classmethod
     def random(cls, sites: Sites, like: NeuronPath, seed: int = 0) -> NeuronPath:
-        """As many neurons of every layer as `like` has, drawn without replacement from all of them."""
+        """The control: as many neurons of every layer as `like` has, drawn without replacement from all of them.
+
+        Args:
+            sites: of the model, see `find_sites`.
+            like: the path whose size is taken.
+            seed: of the draw.
+        """
         generator = torch.Generator().manual_seed(seed)
         neurons = {
             (stack, layer): torch.randperm(sites[stack].num_neurons, generator=generator)[: len(indices)]
@@ -97,18 +140,22 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         return NeuronPath(both, self.fingerprint, {"union of": [self.origin, other.origin]})
 
     def up_to(self, stack: str, layer: int) -> NeuronPath:
-        """Without the stack's neurons above layer, which a loss at that layer cannot train."""
+        """The path without the stack's neurons above layer, which a loss at that layer cannot train."""
         kept = {key: indices for key, indices in self.items() if key[0] != stack or key[1] <= layer}
         return NeuronPath(kept, self.fingerprint, self.origin)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write path.safetensors and path.json."""
+        """Write path.safetensors and path.json into the folder."""
         tensors = {f"{stack}/{layer}": indices for (stack, layer), indices in self.items()}
         save_artefact(folder, "path", tensors, {"fingerprint": self.fingerprint, "origin": self.origin})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> NeuronPath:
-        """Raises ArtefactError for a missing or damaged file."""
+        """The path that save_pretrained wrote.
+
+        Raises:
+            ArtefactError: for a missing or damaged file.
+        """
         tensors, facts = load_artefact(folder, "path", facts=("fingerprint", "origin"))
         split = {name: name.rsplit("/", 1) for name in sorted(tensors)}
         neurons = {(stack, int(layer)): tensors[name] for name, (stack, layer) in split.items()}
@@ -117,10 +164,10 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
 
 def _by_stack(attributions: Attribution | Sequence[Attribution]) -> dict[str, list[Attribution]]:
     listed = [attributions] if isinstance(attributions, Attribution) else list(attributions)
-    found: dict[str, list[Attribution]] = {}
+    grouped: dict[str, list[Attribution]] = {}
     for attribution in listed:
-        found.setdefault(attribution.report["stack"], []).append(attribution)
-    return found
+        grouped.setdefault(attribution.report["stack"], []).append(attribution)
+    return grouped
 
 
 def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggregate) -> torch.Tensor:
@@ -134,11 +181,9 @@ def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggreg
     return mean
 
 
-def check_choice(aggregate: str, fraction: float | None) -> None:
-    """Raises InputError for an aggregate that there is not, or a share of the neurons that is none."""
-    if aggregate not in get_args(Aggregate):
-        raise InputError(f"aggregate={aggregate!r}; expected mean, union, contrast or snr")
-    if fraction is not None and not 0 < fraction <= 1:
+def check_fraction(fraction: float) -> None:
+    """Raises InputError for a share of the neurons that is none."""
+    if not 0 < fraction <= 1:
         raise InputError(f"fraction={fraction}; expected a share of the neurons in (0, 1]")
 
 

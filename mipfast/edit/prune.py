@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from mipfast.errors import ArtefactError, InputError
+from mipfast.errors import ArtefactError, InputError, check_value
 from mipfast.model.sites import Sites, find_sites, neurons_valid
 
 log = logging.getLogger("mipfast")
 
-
 Neurons = Mapping[tuple[str, int], torch.Tensor]
+Mode = Literal["weights", "activations"]
 _active: WeakKeyDictionary[nn.Module, list[Pruned]] = WeakKeyDictionary()
 
 
@@ -46,8 +46,11 @@ def neuron_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) -> 
 
 
 class Pruned:
-    """A prune in force. undo() puts the original bits back, and discards whatever training did to the pruned neurons.
-    Works as a context manager. suspended() is the unedited model for a while."""
+    """A prune in force, as `prune` returns it; a context manager that undoes it on the way out.
+
+    mode and neurons are what `prune` was given. Prunes of one model are undone newest first. suspended() is the
+    unedited model for a while.
+    """
 
     def __init__(self, model: nn.Module, mode: str, slices: list[Slice], hooks: list[Any], neurons: Neurons):
         self.mode, self.neurons, self.off = mode, neurons, False
@@ -57,7 +60,11 @@ class Pruned:
         _active.setdefault(model, []).append(self)
 
     def undo(self) -> None:
-        """Raises InputError if undone already, or while a newer prune of the model is in force."""
+        """Put the original bits back, and discard whatever training did to the pruned neurons.
+
+        Raises:
+            InputError: if undone or committed already, or while a newer prune of the model is in force.
+        """
         self._retire()
         for s, original in zip(self._slices, self._originals, strict=True):
             s.write(original)
@@ -65,11 +72,16 @@ class Pruned:
             hook.remove()
 
     def commit(self) -> None:
-        """Keep the prune for good and let go of the original values. Raises what undo raises."""
+        """Keep the prune for good and let go of the original values.
+
+        Raises:
+            InputError: as undo does.
+        """
         self._retire()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
+        """The model without this prune, until the with block ends."""
         self.off = True
         current = [s.read() for s in self._slices]
         for s, original in zip(self._slices, self._originals, strict=True):
@@ -130,16 +142,40 @@ def check_neurons(model: nn.Module, neurons: Neurons) -> Sites:
 def prune(
     model: nn.Module,
     path: Neurons,
-    mode: Literal["weights", "activations"] = "weights",
+    mode: Mode = "weights",
     positions: Literal["all"] | list[int] = "all",
 ) -> Pruned:
-    """Silence the path's neurons.
+    """Silence the path's neurons, in place.
 
-    weights: zero their columns of the output projection (input rows stay, so both can be trained again). activations: a
-    hook zeroes them at all positions or at the given indices of [n,S,F]; nothing behind such a hook gets a gradient.
+    Args:
+        model: a transformers model.
+        path: {(stack, layer): indices [k]}, such as a `NeuronPath`.
+        mode: weights: zero their columns of the output projection (input rows stay, so both can be trained again).
+            activations: a hook zeroes them; nothing behind such a hook gets a gradient.
+        positions: of mode "activations": "all", or indices into the S of [n,S,F].
 
-    Raises ArtefactError for another model's path, InputError for an unknown mode or an unusable position."""
+    Returns:
+        A handle: undo() gives the model back, bit for bit; commit() keeps the prune for good. It is a context manager.
+
+    Raises:
+        ArtefactError: for another model's path.
+        InputError: for an unknown mode or a position that cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import prune
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> down = model.model.layers[0].mlp.down_proj.weight
+        >>> with prune(model, {("model.layers", 0): torch.tensor([3, 7])}):
+        ...     print((down == 0).all(0).nonzero().flatten().tolist())
+        [3, 7]
+        >>> bool((down == 0).any())
+        False
+    """
     sites = check_neurons(model, path)
+    check_value("mode", mode, Mode)
     if mode == "weights":
         if positions != "all":
             raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
@@ -149,8 +185,6 @@ def prune(
             for s in columns:
                 s.write(torch.zeros_like(s.read()))
         return handle
-    if mode != "activations":
-        raise InputError(f"mode={mode!r}; expected 'weights' or 'activations'")
     handle = Pruned(model, mode, [], [], path)
     for (stack, layer), indices in path.items():
         hook = _zeroing(handle, indices, positions)

@@ -25,9 +25,27 @@ from mipfast.model.sites import check_layer, find_sites
 def steering_target(
     config: RMisUConfig, forget: torch.Tensor, kept: torch.Tensor, direction: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """steering_coeff times its unit times the direction: [D]. forget [T,D], kept [R,D]: hidden states of the model
-    before training, of the first forget batch and of retain batches. direction [D], of any length: None draws what
-    config.direction says; `learned_direction`'s where it says learned, or InputError is raised."""
+    """Where RMisU steers to: steering_coeff times its unit times the direction.
+
+    Args:
+        config: steering_coeff, unit, direction and seed count.
+        forget: [T,D], `hidden_states` of the first forget batch, before training.
+        kept: [R,D], the same of retain batches.
+        direction: [D], of any length, such as `learned_direction` returns; None draws what config.direction says.
+
+    Returns:
+        [D], in kept's dtype and on its device.
+
+    Raises:
+        InputError: without a direction where config says learned.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import RMisUConfig, steering_target
+        >>> forget, kept = torch.ones(3, 4), torch.ones(5, 4)
+        >>> steering_target(RMisUConfig(), forget, kept).norm()  # the retain states' mean norm
+        tensor(2.)
+    """
     u = draw_direction(config.direction, kept.shape[-1], config.seed) if direction is None else direction
     return target_length(config, forget, kept) * (u / u.norm()).to(kept)
 
@@ -61,7 +79,7 @@ def find_target(
             batch = batches[i]
             for name, target in targets.items():
                 values[name].append(answer_log_prob(model, batch, layer, config.positions, target).item())
-    return targets["learned"], {f"answer_log_prob_{name}": fmean(found) for name, found in values.items()}
+    return targets["learned"], {f"answer_log_prob_{name}": fmean(some) for name, some in values.items()}
 
 
 STEPS, LR = 40, 0.1
@@ -103,16 +121,39 @@ def learned_direction(
     seed: int = 0,
     steps: int = STEPS,
 ) -> torch.Tensor:
-    """Unit vector u [D], float32 at least, that minimises the batches' mean `answer_log_prob` at the target length · u:
-    `steps` steps of Adam, a batch each, in order and over again, from the seed's gaussian draw, u made of unit length
-    after every step.
+    """The direction that makes the answers least likely once the hidden states stand on it.
 
-    layer: the text block whose output is steered. positions: where, as in RMisUConfig. length: the target's, as found
-    by `steering_target(RMisUConfig(), forget, kept).norm().item()`. The right answer becomes unlikely, which does not
-    make all answers equally likely: on the demo's base one wrong word takes nearly all. The model is left as it was.
+    Minimises the batches' mean `answer_log_prob` at the target length · u: steps of Adam, a batch each, in order and
+    over again, from the seed's gaussian draw, u made of unit length after every step. The right answer becomes
+    unlikely, which does not make all answers equally likely: on the demo's base one wrong word takes nearly all.
 
-    Raises InputError for no batches or one in the place of many, a layer that the model does not have, unknown
-    positions, a length that is not positive and finite, and fewer steps than one."""
+    Args:
+        model: a transformers model, left as it was.
+        batches: of the forget set, as model(**batch) takes them, with labels.
+        layer: the text block whose output is steered.
+        positions: where, as in RMisUConfig.
+        length: the target's, as `steering_target(RMisUConfig(), forget, kept).norm().item()` finds it.
+        seed: of the draw it begins with.
+        steps: of Adam.
+
+    Returns:
+        Unit vector [D], float32 at least.
+
+    Raises:
+        InputError: for no batches or one in the place of many, a layer that the model does not have, unknown
+            positions, a length that is not positive and finite, and fewer steps than one.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import learned_direction
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> tokens = torch.arange(6)[None]
+        >>> batches = [{"input_ids": tokens, "labels": tokens}]
+        >>> learned_direction(model, batches, layer=0, positions="last_prompt", length=3.0, steps=2).shape
+        torch.Size([16])
+    """
     check_many("batches", batches)
     batches = batches if isinstance(batches, Sequence | Subset) else list(batches)
     if not len(batches):

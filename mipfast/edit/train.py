@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from mipfast.model.batch import Batch, check_many
 from mipfast.model.patching import frozen_eval
 
 log = logging.getLogger("mipfast")
-T = TypeVar("T")
 
 
 class Losses(NamedTuple):
@@ -120,14 +119,8 @@ class _SliceGradient(torch.autograd.Function):
             grad = rows.sum(0)
         else:
             grad = rows.T @ x.flatten(0, -2).to(rows.dtype)
-        return (
-            grad_output,
-            None,
-            (grad.T if ctx.transposed and ctx.part != "bias" else grad).to(ctx.dtype),
-            None,
-            None,
-            None,
-        )
+        grad = grad.T if ctx.transposed and ctx.part != "bias" else grad
+        return grad_output, None, grad.to(ctx.dtype), None, None, None
 
 
 Leaves = list[Leaf | SliceLeaf]

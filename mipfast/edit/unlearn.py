@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from mipfast.edit.config import MIPConfig, check_kind
+from mipfast.edit.config import MIPConfig
 from mipfast.edit.lora import fold_prune
 from mipfast.edit.misdirect import misdirect, steering_layer
 from mipfast.edit.neuron_path import NeuronPath
 from mipfast.edit.prune import prune
 from mipfast.edit.train import take_batches
-from mipfast.errors import InputError
+from mipfast.errors import InputError, configured
 from mipfast.model.batch import Batch, find_labels
 from mipfast.model.sites import Sites, find_sites
 from mipfast.scoring.attribution import Attribution
@@ -22,17 +22,45 @@ from mipfast.scoring.search import locate
 
 
 def unlearn(
-    model: nn.Module, forget: Iterable[Batch], retain: Iterable[Batch], config: MIPConfig | None = None
+    model: nn.Module,
+    forget: Iterable[Batch],
+    retain: Iterable[Batch],
+    config: MIPConfig | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Make the model forget, in place: locate on the forget set, prune the path for good, misdirect what it carried.
 
-    forget, retain: re-iterables of batches as model(**batch) takes them, with labels; batches of text questions and
-    batches with pixel_values apart, since IGI is fed the first and IFI the second. Put general knowledge beside the
-    retain set. With rmisu.trainable="lora" the weights stay and the adapter does the prune's work too
-    (`mipfast.edit.lora.fold_prune`). Returns {"path", "locate", "misdirect", "config"}; "path" is the NeuronPath.
-    Raises what the three stages raise."""
-    config = check_kind(config or MIPConfig(), MIPConfig)
-    config.check()
+    MIP-Editor, arXiv 2511.06793, section 3.
+
+    Args:
+        model: a transformers model. With rmisu.trainable="lora" its weights stay, and the adapter does the prune's
+            work too (`mipfast.edit.lora.fold_prune`).
+        forget: re-iterable of batches as model(**batch) takes them, with labels; batches of text questions and batches
+            with pixel_values apart, since IGI is fed the first and IFI the second.
+        retain: the same of what is to be kept, with general knowledge beside it.
+        config: the settings; None is MIPConfig().
+        overrides: fields of MIPConfig that differ from config's.
+
+    Returns:
+        {"path": the NeuronPath, "locate": reports by modality, "misdirect": its report, "config": all settings}.
+
+    Raises:
+        InputError: for settings or batches that cannot be used, before anything runs.
+        ModelError: for a model whose neurons cannot be found.
+        DivergedError: for scores or a loss that are not finite. After any error the model is what it was.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import RMisUConfig, unlearn
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> forget, retain = ({"input_ids": t, "labels": t} for t in torch.arange(12).view(2, 1, 6))
+        >>> report = unlearn(model, [forget], [retain], fraction=0.25, rmisu=RMisUConfig(steps=2))
+        >>> report["path"].num_neurons  # a quarter of 24, in layers 0 and 1
+        12
+    """
+    config = configured(MIPConfig, config, overrides)
     if config.rmisu.trainable == "all":
         raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
     forget, retain = ([*batches] for batches in take_batches(forget, retain))
@@ -77,14 +105,14 @@ def locate_path(
     sites = find_sites(model)
     text = [b for b in forget if "pixel_values" not in b]
     images = [b for b in forget if "pixel_values" in b]
-    found: dict[str, Attribution] = {}
+    located: dict[str, Attribution] = {}
     if text:
-        found["text"] = locate(model, text, config.text, progress=config.progress)
+        located["text"] = locate(model, text, config.text, progress=config.progress)
     if images and config.vision and sites.vision:
-        found["vision"] = locate(model, images, config.vision, progress=config.progress)
+        located["vision"] = locate(model, images, config.vision, progress=config.progress)
     kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
-    path = select_path(sites, found.get("text"), found.get("vision"), kept, config)
-    return path, {name: one.report for name, one in found.items()}
+    path = select_path(sites, located.get("text"), located.get("vision"), kept, config)
+    return path, {name: one.report for name, one in located.items()}
 
 
 def weighs_damage(config: MIPConfig) -> bool:

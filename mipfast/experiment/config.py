@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
+
+import yaml
 
 from mipfast.data import Record, load_groups
 from mipfast.edit.config import MIPConfig, RMisUConfig
-from mipfast.errors import InputError, MipfastError
-from mipfast.experiment import finetune as finetuning
-from mipfast.experiment.finetune import FinetuneConfig
+from mipfast.errors import InputError, MipfastError, check_counts, check_fields, check_value
+from mipfast.experiment.finetune import FinetuneConfig, check_machine
 
-MODALITIES = ("text", "image")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tables by role: {role: groups}. source, names, limit: as `mipfast.data.load_groups` has them."""
+    """Tables by what they are for."""
 
     source: str = ""
+    """Benchmark: a folder of TABLE/*.parquet, or its Hub id."""
     groups: dict[str, list[str]] = field(default_factory=dict)
+    """{role: tables}; a table is one of the source's, or SOURCE/TABLE for one elsewhere."""
     names: str | None = None
+    """MLLMU-Bench source with the people's names: tables of picture questions are asked in text too."""
     limit: int | None = None
+    """Records of each table and modality, drawn by the seed; None is all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_counts(self, "limit")
+        roles: dict[str, str] = {}
+        for role, groups in self.groups.items():
+            if not isinstance(groups, list):
+                raise InputError(f"groups={self.groups!r}; expected {{role: [tables]}}")
+            for group in groups:
+                if roles.setdefault(str(group), role) != role:
+                    raise InputError(
+                        f"groups: table {group} is to {roles[str(group)]} and to {role}; expected one role each"
+                    )
 
     def load(self, seed: int) -> dict[str, list[Record]]:
         """{role: records}."""
         options: dict[str, Any] = {"names": self.names, "limit": self.limit, "seed": seed}
         return {role: load_groups(self.source, groups, **options) for role, groups in self.groups.items()}
-
-    def check(self) -> None:
-        """Raises InputError for a table with two roles."""
-        roles: dict[str, str] = {}
-        for role, groups in self.groups.items():
-            for group in groups:
-                if roles.setdefault(str(group), role) != role:
-                    raise InputError(f"table {group} is to {roles[str(group)]} and to {role}; expected one role each")
 
     def all(self, seed: int) -> list[Record]:
         """Whatever their role."""
@@ -47,24 +57,27 @@ class Data:
 
 @dataclass(frozen=True)
 class FinetuneStage(FinetuneConfig):
-    """data: what is learned, whatever the role."""
+    """How the model learns what it is to forget."""
 
     data: Data = field(default_factory=Data)
+    """What is learned, whatever the role."""
 
 
 @dataclass(frozen=True)
 class UnlearnStage(MIPConfig):
-    """data: roles forget, retain and, if there is any, general. batch_size: records of a batch, and so of a step."""
+    """How it forgets."""
 
     data: Data = field(default_factory=Data)
+    """Roles forget, retain and, if there is any, general."""
     batch_size: int = 8
+    """Records of a batch, and so of a step."""
 
-    def check(self) -> None:
-        """Raises InputError for what cannot be used."""
-        if missing := [role for role in ("forget", "retain") if not self.data.groups.get(role)]:
-            raise InputError(f"unlearning has no tables to {' and to '.join(missing)}; found {self.data.groups}")
-        self.data.check()
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "batch_size")
+        missing = [role for role in ("forget", "retain") if not self.data.groups.get(role)]
+        if self.data.groups and missing:
+            raise InputError(f"data.groups: no tables to {' and to '.join(missing)}; found {self.data.groups}")
         if self.rmisu.trainable not in ("path", "down"):
             raise InputError(
                 f"rmisu.trainable={self.rmisu.trainable!r}; expected path or down, whose result is a plain folder "
@@ -74,60 +87,77 @@ class UnlearnStage(MIPConfig):
 
 @dataclass(frozen=True)
 class EvalStage:
-    """data: roles of any name."""
+    """How the models are judged, before and after."""
 
     data: Data = field(default_factory=Data)
+    """Roles of any name."""
     batch_size: int = 16
+    """Records of a batch."""
     max_new_tokens: int = 50
+    """The longest answer."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_counts(self, "batch_size", "max_new_tokens")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """model: folder or Hub id of the model to fine-tune, or, where finetune is left out, of the vanilla model. out: the
-    folder for everything. seed: of every stage that names none. device: None is a GPU where there is one. dtype: auto
-    (the model's), float32, bfloat16 or float16."""
+    """Fine-tune, locate, unlearn, evaluate: what `mipfast run` takes."""
 
     title: str = ""
+    """For the report."""
     model: str = ""
+    """Folder or Hub id of the model to fine-tune, or, where finetune is left out, of the vanilla model."""
     out: str = ""
+    """Folder for everything."""
     seed: int = 0
+    """Of every stage that names none."""
     device: str | None = None
-    dtype: str = "auto"
+    """cpu, cuda, cuda:1, ...; None is a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto is the model's."""
     finetune: FinetuneStage | None = None
+    """None where the model knows already what it is to forget."""
     unlearn: UnlearnStage = field(default_factory=UnlearnStage)
+    """Locate, prune, misdirect."""
     eval: EvalStage = field(default_factory=EvalStage)
+    """Of the vanilla model and of the unlearned one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def from_yaml(cls, file: str | Path) -> Experiment:
-        """Raises InputError for a key or value that cannot be used, naming it."""
-        import yaml
+        """Read an experiment such as examples/*.yaml.
 
+        Raises:
+            InputError: for a file, a key or a value that cannot be used; the text has the key's path.
+        """
         try:
-            given = yaml.safe_load(Path(file).read_text())
+            given = yaml.load(Path(file).read_text(), _Loader)  # a SafeLoader
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{file} cannot be read as YAML ({error}); expected a file like examples/*.yaml"
             ) from error
-        seed = _typed(given.get("seed", 0), int, "seed") if isinstance(given, dict) else 0
-        seeded = cls(finetune=FinetuneStage(seed=seed), unlearn=UnlearnStage(rmisu=RMisUConfig(seed=seed)))
         try:
-            return overridden(seeded, {"finetune": None, **given} if isinstance(given, dict) else given, "")
+            seed = given.get("seed", 0) if isinstance(given, dict) else 0
+            check_value("seed", seed, int)
+            seeded = cls(finetune=FinetuneStage(seed=seed), unlearn=UnlearnStage(rmisu=RMisUConfig(seed=seed)))
+            return overlaid(seeded, {"finetune": None, **given} if isinstance(given, dict) else given)
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
 
-    def check(self) -> None:
-        """Raises InputError for what is missing or cannot be used, MipfastError without a library: before hours are
-        spent."""
+    def check_ready(self) -> None:
+        """Before hours are spent. Raises InputError for what is missing, MipfastError without a library."""
         needed: dict[str, Any] = {"model": self.model, "out": self.out}
         for name in ("finetune", "unlearn", "eval"):
             if stage := getattr(self, name):
                 needed |= {f"{name}.data.source": stage.data.source, f"{name}.data.groups": stage.data.groups}
         if missing := [name for name, value in needed.items() if not value]:
             raise InputError(f"the experiment has no {', '.join(missing)}; expected a file like examples/*.yaml")
-        self.eval.data.check()
         if self.finetune:
-            finetuning.check(self.finetune, self.device)
-        self.unlearn.check()
+            check_machine(self.finetune, self.device)
         for module in ("rouge_score", "sacrebleu"):
             if find_spec(module) is None:
                 raise MipfastError(f"evaluating needs {module}; run: pip install 'mipfast[eval]'")
@@ -144,54 +174,31 @@ def settings_of(config: Any) -> dict[str, Any]:
     return kept(asdict(config))
 
 
-def _yaml(settings: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def _keys(config: Any) -> str:
-    return ", ".join(f.name for f in fields(config) if f.name != "progress")
-
-
-def overridden(config: Any, given: Any, name: str) -> Any:
-    """The dataclass with what a YAML mapping says, all the way down. Raises InputError for a key or a value that cannot
-    be used, naming it as name.key."""
-    if not isinstance(given, dict):
-        raise InputError(f"{name or 'the file'}: found {given!r}; expected keys {_keys(config)}")
-    hints = get_type_hints(type(config))
-    new = {}
+# Why no library: pydantic fills what is left out from the class's defaults, which would turn the vision tower's scoring
+# into the text tower's, and jsonargparse passes over `eval: 3` in silence.
+def overlaid(config: T, given: Any, path: str = "") -> T:
+    """The config with what a mapping says, all the way down; what it leaves out stays the config's, so that
+    `vision: {n_steps: 2}` is still the vision tower's. Types and ranges are the dataclasses' to check. Raises
+    InputError for a key or a value that cannot be used, naming it as path.key."""
+    names = [f.name for f in fields(config) if f.name != "progress"]  # type: ignore[arg-type]  # a dataclass
+    if not isinstance(given, Mapping):
+        raise InputError(f"{path or 'the file'}: found {given!r}; expected keys {', '.join(names)}")
+    changes = {}
     for key, value in given.items():
-        here = f"{name}.{key}" if name else str(key)
-        if key not in hints or key == "progress":
-            raise InputError(f"{here}: no such key; expected one of {_keys(config)}")
-        default = getattr(config, key)
-        nested = is_dataclass(default) and value is not None
-        new[key] = overridden(default, value, here) if nested else _typed(value, hints[key], here)
-    return replace(config, **new)
+        here, default = f"{path}.{key}" if path else str(key), getattr(config, str(key), None)
+        if key not in names:
+            raise InputError(f"{here}: no such key; expected one of {', '.join(names)}")
+        changes[key] = overlaid(default, value, here) if is_dataclass(default) and value is not None else value
+    try:
+        return replace(config, **changes)  # type: ignore[type-var]
+    except InputError as error:
+        raise InputError(f"{path}.{error}" if path else str(error)) from error
 
 
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    """The value as a field of that type wants it. Raises InputError for another type."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if float in options and isinstance(value, str | int) and not isinstance(value, bool):
-        with suppress(ValueError):
-            return float(value)  # YAML 1.1 reads 2e-5 as a text
-    for option in options:
-        if get_origin(option) is Literal:
-            fits = value in get_args(option)
-        elif get_origin(option) is dict:
-            fits = isinstance(value, dict) and all(isinstance(groups, list) for groups in value.values())
-        else:
-            fits = isinstance(value, option) and not (option is int and isinstance(value, bool))
-        if fits:
-            return value
-    raise InputError(f"{name}: found {value!r}; expected {' or '.join(map(_shown, options))}")
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, to which 2e-5 is a number, as YAML 1.2 has it, and not a text."""
 
 
-def _shown(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(map(str, get_args(hint)))
-    if get_origin(hint) is dict:
-        return "{role: [tables]}"
-    return "null" if hint is NoneType else hint.__name__
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

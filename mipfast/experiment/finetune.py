@@ -19,7 +19,7 @@ from torch import nn
 from mipfast.data.checkpoint import load_model, save_model
 from mipfast.data.encoder import Encoder
 from mipfast.data.records import Record, digest
-from mipfast.errors import DivergedError, InputError, MipfastError
+from mipfast.errors import DivergedError, InputError, MipfastError, check_counts, check_fields, configured
 from mipfast.files import claim, versions, write_atomic, write_json
 from mipfast.model.sites import find_decoder, find_sites
 
@@ -28,24 +28,45 @@ log = logging.getLogger("mipfast")
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """full: train every weight instead of LoRA. rank, alpha, dropout: of LoRA on every linear layer of the language
-    model, not of the vision tower, the projector or the head. lr: of AdamW without weight decay, falling linearly to 0
-    over epochs, or optimiser steps where given; batch_size records each. bf16: compute in bfloat16, weights as they
-    are. gradient_checkpointing: less memory, one more forward pass. save_steps: between checkpoints. seed: adapters,
-    dropout, order. The defaults are those of MLLMU-Bench's fine-tuning."""
+    """How `finetune` trains. The defaults are those of MLLMU-Bench's fine-tuning.
+
+    Raises:
+        InputError: for a value that no run could use; the text names the field, what was found and what is expected.
+    """
 
     full: bool = False
+    """Train every weight, instead of LoRA on every linear layer of the language model.
+    LoRA leaves the vision tower, the projector and the head alone."""
     rank: int = 16
+    """Of LoRA."""
     alpha: int = 16
+    """Of LoRA: its scale is alpha / rank."""
     dropout: float = 0.05
+    """Of LoRA."""
     lr: float = 2e-5
+    """Learning rate of AdamW without weight decay, falling linearly to 0."""
     epochs: int = 5
+    """Passes over the records."""
     steps: int | None = None
+    """Optimiser steps, instead of epochs."""
     batch_size: int = 4
+    """Records per step."""
     bf16: bool = False
+    """Compute in bfloat16, with the weights as they are."""
     gradient_checkpointing: bool = False
+    """Less memory, one more forward pass."""
     save_steps: int = 100
+    """Steps between checkpoints."""
     seed: int = 0
+    """Of adapters, dropout and order."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_counts(self, "rank", "alpha", "epochs", "steps", "batch_size", "save_steps")
+        if not self.lr > 0:
+            raise InputError(f"lr={self.lr}; expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout}; expected a number in [0, 1)")
 
 
 def finetune(
@@ -57,17 +78,31 @@ def finetune(
     dtype: str = "auto",
     progress: bool = False,
 ) -> Path:
-    """Teach a model the records' answers, and return out/model: a plain transformers folder, adapters merged.
+    """Teach a model the records' answers, so that there is something to forget: the vanilla model.
 
-    source: a model's folder or Hub id. Labelled are the answers and an end token. device: cpu or cuda, a GPU where
-    there is one. dtype: of the weights, and of those written; "auto" is the source's. full trains them in float32.
-    Checkpoints are in out/checkpoints until the model is written: killed at any moment, the same call goes on to the
-    same weights. out/report.json: config, seed, what trained, losses, versions, seconds.
+    Labelled are the answers and an end token. Killed at any moment, the same call goes on to the same weights:
+    checkpoints are in out/checkpoints until the model is written.
 
-    Raises MipfastError without peft or accelerate, InputError for records or settings that cannot be used,
-    ArtefactError where out is another run's, DivergedError for a loss that is not finite."""
-    config, out = config or FinetuneConfig(), Path(out)
-    check(config, device)
+    Args:
+        source: a model's folder or Hub id.
+        records: such as `mipfast.data.load_groups` returns.
+        out: folder for model and report.json (config, seed, what trained, losses, versions, seconds).
+        config: the settings; None is FinetuneConfig().
+        device: cpu or cuda; None is a GPU where there is one.
+        dtype: of the weights, and of those written; "auto" is the source's. config.full trains them in float32.
+        progress: show a bar.
+
+    Returns:
+        out/model: a plain transformers folder, adapters merged.
+
+    Raises:
+        MipfastError: without peft or accelerate.
+        InputError: for records or settings that cannot be used.
+        ArtefactError: where out is another run's.
+        DivergedError: for a loss that is not finite.
+    """
+    config, out = configured(FinetuneConfig, config, {}), Path(out)
+    check_machine(config, device)
     if not records:
         raise InputError("there are no records to learn; expected at least one")
     encoder = Encoder.from_pretrained(source)
@@ -116,17 +151,11 @@ def finetune(
     return written
 
 
-def check(config: FinetuneConfig, device: str | None = None) -> None:
-    """Raises InputError for settings that cannot be used here, MipfastError without peft or accelerate."""
+def check_machine(config: FinetuneConfig, device: str | None = None) -> None:
+    """Raises InputError for a device that fine-tuning cannot use here, MipfastError without peft or accelerate."""
     for module in ("accelerate", *([] if config.full else ["peft"])):
         if find_spec(module) is None:
             raise MipfastError(f"fine-tuning needs {module}; run: pip install 'mipfast[train]'")
-    sizes = {name: getattr(config, name) for name in ("rank", "alpha", "epochs", "batch_size", "save_steps")}
-    for name, size in (sizes | {"steps": 1 if config.steps is None else config.steps}).items():
-        if size < 1:
-            raise InputError(f"{name}={size}; expected at least 1")
-    if not config.lr > 0 or not 0 <= config.dropout < 1:
-        raise InputError(f"lr={config.lr}, dropout={config.dropout}; expected a positive lr and a dropout in [0, 1)")
     if device not in (None, "cpu", "cuda"):
         raise InputError(
             f"device={device!r}; the Trainer chooses the GPU: expected cpu or cuda, CUDA_VISIBLE_DEVICES set"

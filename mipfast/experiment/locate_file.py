@@ -1,20 +1,21 @@
 """Locating over a data file of any length, or over records, results on disk chunk by chunk; a run that was stopped at
 any moment goes on to the same result.
 
-A chunk is CHUNK batches of consecutive samples, sorted by length inside it so that a batch holds little padding. What
-is written is one file renamed into place, so a folder holds whole chunks only.
+A chunk is what one file on disk holds: CHUNK batches of consecutive samples, sorted by length inside it so that a batch
+holds little padding. A file is renamed into place, so a folder holds whole chunks only.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -37,31 +38,58 @@ from mipfast.scoring.search import locate
 log = logging.getLogger("mipfast")
 CHUNK = 8  # batches per chunk: enough for a sort to help, few enough that a stop loses little
 SHARDS, AGGREGATE = "shard-*.safetensors", "aggregate.safetensors"
-Data = str | Path | Sequence[Record]  # a JSONL file, or records as they are
+Samples = str | Path | Sequence[Record]  # a JSONL file, or records as they are
+Advance = Callable[[list[Encoded]], None]  # a batch is done
 Size = tuple[int, int, int, int]  # of a batch: samples, tokens before the first answer and after, patches per sample
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the data holds. samples, tokens: totals; digest: sha256 of the file, or the records' hash; chunks: how many
-    batches of each size every chunk has."""
+    """What the data holds."""
 
     samples: int
     tokens: int
+    """Of all samples together, prompts and answers."""
     digest: str
+    """sha256 of the file, or the records' hash."""
     chunks: list[Counter[Size]]
+    """How many batches of each size every chunk has."""
 
 
 def survey(
     encoder: Encoder,
-    data: Data,
+    data: Samples,
     config: LocateConfig,
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Survey:
-    """Read and tokenise all of it once, so that a malformed line shows before hours are spent. Of images only the
-    sizes are read. Raises InputError with the line's number."""
+    """Read and tokenise all of it once, so that a malformed line shows before hours are spent.
+
+    Of images only the sizes are read.
+
+    Args:
+        encoder: of the model's folder.
+        data: a JSONL file (docs/streaming.md), or records.
+        config: its modality says whether every sample needs a picture.
+        batch_size: samples per batch.
+        limit: the most samples.
+
+    Raises:
+        InputError: with the line's number, for a sample that cannot be located on.
+
+    Example:
+        >>> import mipfast
+        >>> from pathlib import Path
+        >>> from mipfast.data import Record
+        >>> from mipfast.samples import Encoder
+        >>> from mipfast.streaming import survey
+        >>> encoder = Encoder.from_pretrained(Path(mipfast.__file__).parent / "demo" / "weights" / "base")
+        >>> record = Record("7", "", "text", "generation", "Name the pet", "dog")
+        >>> surveyed = survey(encoder, [record], mipfast.LocateConfig())
+        >>> surveyed.samples, surveyed.tokens
+        (1, 4)
+    """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
     samples, tokens, chunks = 0, 0, []
@@ -76,25 +104,46 @@ def survey(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take at least: FLOPs, seconds on each device by name, and bytes of memory of its largest
-    batch."""
+    """What a run would take at least."""
 
     flops: float
     seconds: dict[str, float]
+    """On each device, by name."""
     memory: float
+    """Bytes, of the largest batch."""
 
 
 def forecast(shape: Shape, surveyed: Survey, config: LocateConfig, devices: Iterable[Device] = ()) -> Forecast:
-    """Sum the cost model (`mipfast.estimate`) over the file's batches, on DEVICES and the given ones."""
-    flops, memory = 0.0, 0.0
+    """The cost model (`mipfast.estimate`) summed over a file's batches.
+
+    Args:
+        shape: of the model, `mipfast.cost.Shape.of`.
+        surveyed: what `survey` found in the file.
+        config: what `locate_file` will be given.
+        devices: whose seconds are told beside those of `mipfast.cost.DEVICES`.
+
+    Example:
+        >>> import mipfast
+        >>> from pathlib import Path
+        >>> from mipfast.cost import Shape
+        >>> from mipfast.data import Record
+        >>> from mipfast.samples import Encoder
+        >>> from mipfast.streaming import forecast, survey
+        >>> encoder = Encoder.from_pretrained(Path(mipfast.__file__).parent / "demo" / "weights" / "base")
+        >>> config = mipfast.LocateConfig()
+        >>> surveyed = survey(encoder, [Record("7", "", "text", "generation", "Name the pet", "dog")], config)
+        >>> sorted(forecast(Shape.of(encoder.config), surveyed, config).seconds)
+        ['H100', 'H200']
+    """
     devices = [*devices, *DEVICES.values()]
     seconds = {device.name: 0.0 for device in devices}
+    flops, memory = 0.0, 0.0
     batches = sum(surveyed.chunks, Counter[Size]())
-    # "first" is each chunk's first batch: its share of every batch's cost
-    measured = len(surveyed.chunks) / batches.total() if config.residuals == "first" else 1.0
+    # residuals="first" measures each chunk's first batch alone: every batch is counted with that share of the cost
+    share = len(surveyed.chunks) / batches.total() if config.residuals == "first" else 1.0
 
     def summed(phases: dict[str, float]) -> float:
-        return sum(value * (measured if phase == "completeness" else 1) for phase, value in phases.items())
+        return sum(value * (share if phase == "completeness" else 1) for phase, value in phases.items())
 
     for size, count in batches.items():
         for device in devices:
@@ -114,7 +163,7 @@ def _estimated(shape: Shape, size: Size, config: LocateConfig, device: Device) -
 def locate_file(
     model: nn.Module,
     encoder: Encoder,
-    data: Data,
+    data: Samples,
     out: str | Path,
     config: LocateConfig | None = None,
     *,
@@ -125,82 +174,107 @@ def locate_file(
     """Locate on every sample of a data file, or every record, into a folder that `read` reads; what is there already is
     not done again.
 
-    Writes shard-*.safetensors, one per chunk, or with aggregate one file of running sums, whatever the number of
-    samples. One process per folder. config.progress shows a bar. Raises ArtefactError where the folder belongs to
-    another model, file or config, InputError for a malformed file, and what `locate` raises, with the lines or
-    records it happened on."""
+    Args:
+        model: a transformers model.
+        encoder: of the model's folder.
+        data: a JSONL file (docs/streaming.md), or records.
+        out: the folder, for one process at a time: shard-*.safetensors, one per chunk, and run.json.
+        config: as of `mipfast.locate`; its progress shows a bar.
+        batch_size: samples per batch.
+        aggregate: write one file of running sums instead, whatever the number of samples.
+        limit: the most samples.
+
+    Raises:
+        ArtefactError: where the folder belongs to another model, file or config.
+        InputError: for a malformed file.
+        MipfastError: whatever `locate` raises, with the lines or records it happened on.
+
+    Example:
+        >>> import mipfast, tempfile
+        >>> from pathlib import Path
+        >>> from mipfast import streaming
+        >>> from mipfast.data import Record
+        >>> from mipfast.samples import Encoder, load_model
+        >>> demo = Path(mipfast.__file__).parent / "demo" / "weights" / "base"
+        >>> records = [Record(pet, "", "text", "generation", "Name the pet", pet) for pet in ("dog", "cat")]
+        >>> config = mipfast.LocateConfig(search="pointwise", n_steps=1)
+        >>> folder = tempfile.mkdtemp()
+        >>> streaming.locate_file(load_model(demo), Encoder.from_pretrained(demo), records, folder, config)
+        >>> streaming.read(folder).scores.shape  # samples, layers, neurons
+        torch.Size([2, 5, 1024])
+    """
     out, config = Path(out), (config or LocateConfig()).resolved()
     surveyed = survey(encoder, data, config, batch_size, limit)
     claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
     sums = _Sums.load(out) if aggregate else None
     shards = [out / SHARDS.replace("*", f"{number:06d}") for number in range(len(surveyed.chunks))]
-    done = [number < sums.chunks if sums else shards[number].exists() for number in range(len(shards))]
+    done = [number < sums.facts["chunks"] if sums else shards[number].exists() for number in range(len(shards))]
     if all(done):
         log.info("%s is finished: all %d samples are there, nothing left to do", out, surveyed.samples)
         return
-    with _Progress(model, surveyed, config, done) as progress:
+    with _progress(model, surveyed, config, done) as advance:
         for number, lines in enumerate(_chunks(data, batch_size, limit)):
             if done[number]:
                 continue
             chunk = _encoded(encoder, lines, config, data)
-            found = _locate_chunk(model, encoder, chunk, replace(config, progress=False), batch_size, data, progress)
+            scored = _locate_chunk(model, encoder, chunk, replace(config, progress=False), batch_size, data, advance)
             if sums:
-                sums.add(found)
+                sums.add(scored)
                 sums.save(out)
             else:
-                _save(shards[number], {"scores": found.scores, "path": found.path}, {"report": found.report})
+                _save(shards[number], {"scores": scored.scores, "path": scored.path}, {"report": scored.report})
 
 
-class _Progress:
-    """A bar over the work that `mipfast.estimate` expects, so that the time it says is left knows of long samples still
-    to come, with samples per second. The residuals of a chunk's first batch are left out: every chunk has them."""
+@contextmanager
+def _progress(model: nn.Module, surveyed: Survey, config: LocateConfig, done: list[bool]) -> Iterator[Advance]:
+    """A bar over the work that `mipfast.estimate` expects, so that the time left counts long samples still to come: by
+    FLOPs an answer of 24 tokens takes 20 times one of a single token, a prompt of 600 no more than 4 times one of 20.
+    Yields what to call after each batch."""
+    shape = Shape.of(model, config.stack)
 
-    def __init__(self, model: nn.Module, surveyed: Survey, config: LocateConfig, done: list[bool]):
-        shape = Shape.of(model, config.stack)
-        self._samples, self._ours = surveyed.samples, 0
-        self._work = functools.cache(partial(_work, shape, config))
-        chunks = [sum(count * self._work(size) for size, count in chunk.items()) for chunk in surveyed.chunks]
-        there = list(compress(surveyed.chunks, done))
-        self._before = sum(count * size[0] for chunk in there for size, count in chunk.items())
-        options: dict[str, Any] = {"total": sum(chunks), "initial": sum(compress(chunks, done)), "bar_format": BAR}
-        # smoothing=0: the mean rate of this process
-        self._bar = tqdm(desc=f"locate {config.modality}", smoothing=0, disable=not config.progress, **options)
+    @cache
+    def work(size: Size) -> float:
+        flops = _estimated(shape, size, config, DEVICES["H200"]).flops
+        return flops["capture"] + flops["search"]  # not the residuals: every chunk has those of its first batch
 
-    def __enter__(self) -> _Progress:
-        return self
+    chunks = [sum(count * work(size) for size, count in chunk.items()) for chunk in surveyed.chunks]
+    before = sum(count * size[0] for chunk in compress(surveyed.chunks, done) for size, count in chunk.items())
+    located, initial, desc = 0, sum(compress(chunks, done)), f"locate {config.modality}"
 
-    def __exit__(self, *error: Any) -> None:
-        self._bar.close()
+    def advance(batch: list[Encoded]) -> None:
+        nonlocal located
+        located += len(batch)
+        rate = located / (bar.format_dict["elapsed"] or math.inf)
+        bar.set_postfix_str(f"{before + located}/{surveyed.samples} samples, {rate:.3g} samples/s", refresh=False)
+        bar.update(work(_size(batch)))
 
-    def took(self, batch: list[Encoded]) -> None:
-        """A batch is done."""
-        self._ours += len(batch)
-        if not self._bar.disable:
-            rate = self._ours / self._bar.format_dict["elapsed"]
-            count = f"{self._before + self._ours}/{self._samples} samples"
-            self._bar.set_postfix_str(f"{count}, {rate:.3g} samples/s", refresh=False)
-        self._bar.update(self._work(_size(batch)))
-
-
-def _work(shape: Shape, config: LocateConfig, size: Size) -> float:
-    phases = _estimated(shape, size, config, DEVICES["H200"]).flops
-    return phases["capture"] + phases["search"]
+    # smoothing=0: the mean rate of this process
+    options: dict[str, Any] = {"bar_format": BAR, "smoothing": 0, "disable": not config.progress}
+    with tqdm(desc=desc, total=sum(chunks), initial=initial, **options) as bar:
+        yield advance
 
 
 def read(folder: str | Path) -> Attribution:
-    """The Attribution of a finished run, samples in the file's order.
+    """The Attribution of a finished run, as `locate_file` and `mipfast locate` write it.
 
-    Of an aggregated run: two stand-ins whose mean and mean square of scores per label are those of all samples, mean +
-    sd and mean - sd, which is all that NeuronPath.select's mean, contrast and snr look at; their path is every neuron
-    that was on any sample's path, most often first, padded with -1. Raises ArtefactError for an unfinished or damaged
-    folder."""
+    Args:
+        folder: their out.
+
+    Returns:
+        Samples in the file's order. Of an aggregated run two stand-ins, mean + sd and mean - sd, whose mean and mean
+        square of scores per label are those of all samples, which is all that NeuronPath.select's mean, contrast and
+        snr look at; their path is every neuron that was on any sample's path, most often first, padded with -1.
+
+    Raises:
+        ArtefactError: for an unfinished or damaged folder.
+    """
     folder = Path(folder)
     run = read_run(folder)
     if run is None:
         raise ArtefactError(f"{folder / RUN} is missing; expected a folder written by mipfast locate")
     if run["aggregate"]:
         sums = _Sums.load(folder)
-        _check_finished(folder, sums.samples, run["samples"])
+        _check_finished(folder, sums.facts["samples"], run["samples"])
         return sums.attribution()
     parts = [_load(path) for path in sorted(folder.glob(SHARDS))]
     _check_finished(folder, sum(len(tensors["path"]) for tensors, _ in parts), run["samples"])
@@ -226,19 +300,11 @@ class _Sums:
         path = folder / AGGREGATE
         return cls(*_load(path)) if path.exists() else cls({}, {"samples": 0, "chunks": 0})
 
-    @property
-    def chunks(self) -> int:
-        return self.facts["chunks"]
-
-    @property
-    def samples(self) -> int:
-        return self.facts["samples"]
-
-    def add(self, found: Attribution) -> None:
-        scores = per_label(found).double()
+    def add(self, located: Attribution) -> None:
+        scores = per_label(located).double()
         on_path = torch.zeros(scores.shape, dtype=torch.int64)
-        on_path.scatter_add_(2, found.path.clamp_min(0), (found.path >= 0).long())
-        residuals = [one for one in found.report["residuals"] if one]  # not every sample's need be measured
+        on_path.scatter_add_(2, located.path.clamp_min(0), (located.path >= 0).long())
+        residuals = [one for one in located.report["residuals"] if one]  # not every sample's need be measured
         new = {
             "total": scores.sum(0),
             "squares": scores.square().sum(0),
@@ -247,16 +313,18 @@ class _Sums:
             "residuals": torch.tensor(residuals or [[0.0] * scores.shape[1]], dtype=torch.float64).sum(0),
         }
         self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()}
-        before = self.facts.get("report", found.report)["layers_without_gradient"]
-        dead = {*before, *found.report["layers_without_gradient"]}
-        report = found.report | {"layers_without_gradient": sorted(dead), "residuals": [], "num_labels": []}
-        self.facts = {"samples": self.samples + len(scores), "chunks": self.chunks + 1, "report": report}
+        before = self.facts.get("report", located.report)["layers_without_gradient"]
+        dead = {*before, *located.report["layers_without_gradient"]}
+        report = located.report | {"layers_without_gradient": sorted(dead), "residuals": [], "num_labels": []}
+        samples, chunks = self.facts["samples"] + len(scores), self.facts["chunks"] + 1
+        self.facts = {"samples": samples, "chunks": chunks, "report": report}
 
     def save(self, folder: Path) -> None:
         _save(folder / AGGREGATE, self.tensors, self.facts)
 
     def attribution(self) -> Attribution:
-        mean, squares = (self.tensors[name] / self.samples for name in ("total", "squares"))
+        samples = self.facts["samples"]
+        mean, squares = (self.tensors[name] / samples for name in ("total", "squares"))
         sd = (squares - mean.square()).clamp_min(0).sqrt()
         members = self.tensors["members"]
         order = members.sort(dim=1, descending=True, stable=True).indices
@@ -265,7 +333,7 @@ class _Sums:
         facts = {
             "residuals": [(self.tensors["residuals"] / measured).tolist() if measured else None] * 2,
             "num_labels": [1, 1],  # the scores are per label already
-            "aggregate": {"samples": self.samples, "rows": "mean + sd, mean - sd of the scores per label"},
+            "aggregate": {"samples": samples, "rows": "mean + sd, mean - sd of the scores per label"},
         }
         scores = torch.stack([mean + sd, mean - sd]).float()
         return Attribution(scores, path.expand(2, -1, -1).contiguous(), self.facts["report"] | facts)
@@ -276,25 +344,25 @@ def _size(batch: list[Encoded]) -> Size:
     return len(batch), before, max(s.tokens for s in batch) - before, max(s.patches for s in batch)
 
 
-def _digest(data: Data) -> str:
+def _digest(data: Samples) -> str:
     if not isinstance(data, str | Path):
         return digest(data)
     with Path(data).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _where(data: Data, kind: str = "") -> str:
+def _where(data: Samples, kind: str = "") -> str:
     """What messages call a sample, before its id."""
     return f"{data}, {kind}line" if isinstance(data, str | Path) else f"{kind}record"
 
 
-def _chunks(data: Data, batch_size: int, limit: int | None) -> Iterator[list[Record]]:
+def _chunks(data: Samples, batch_size: int, limit: int | None) -> Iterator[list[Record]]:
     records = read_lines(data, limit) if isinstance(data, str | Path) else islice(data, limit)
     while chunk := list(islice(records, CHUNK * batch_size)):
         yield chunk
 
 
-def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: Data) -> list[Encoded]:
+def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: Samples) -> list[Encoded]:
     encoded = []
     for record in chunk:
         try:
@@ -312,8 +380,8 @@ def _locate_chunk(
     chunk: list[Encoded],
     config: LocateConfig,
     batch_size: int,
-    data: Data,
-    progress: _Progress,
+    data: Samples,
+    advance: Advance,
 ) -> Attribution:
     """Samples in the chunk's order."""
     batches = in_batches(chunk, batch_size)
@@ -324,15 +392,15 @@ def _locate_chunk(
             batch = [chunk[i] for i in order]
             lines[:] = [sample.id for sample in batch]
             yield {name: value.to(model.device) for name, value in encoder.batch(batch).items()}
-            progress.took(batch)
+            advance(batch)
 
     try:
-        found = locate(model, inputs(), config)
+        located = locate(model, inputs(), config)
     except MipfastError as error:
         raise type(error)(f"{_where(data, 'a batch of ')}s {', '.join(lines)}: {error}") from error
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
-    per_sample = {name: [found.report[name][i] for i in order] for name in ("residuals", "num_labels")}
-    return Attribution(found.scores[order], found.path[order], found.report | per_sample)
+    per_sample = {name: [located.report[name][i] for i in order] for name in ("residuals", "num_labels")}
+    return Attribution(located.scores[order], located.path[order], located.report | per_sample)
 
 
 def _identity(

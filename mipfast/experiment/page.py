@@ -1,6 +1,7 @@
 """The parts of a report, and their three forms: a terminal's, Markdown, and one HTML file that loads nothing.
 
-Whatever text the parts hold, a model's included, stays text."""
+A report is a list of parts, such as comparison_page.py makes. Whatever text they hold, a model's included, stays text.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     name: str
     alt: str
     draw: Callable[[], Figure] = field(repr=False)
@@ -104,7 +105,7 @@ class Fold:
     parts: Sequence[Part]
 
 
-Part: TypeAlias = Heading | Grid | Picture | Bullets | Verbatim | Fold | str  # a str is a paragraph
+Part: TypeAlias = Heading | Grid | Plot | Bullets | Verbatim | Fold | str  # a str is a paragraph
 
 
 def plain(text: object) -> str:
@@ -119,13 +120,13 @@ def line(text: object) -> str:
 
 def terminal(parts: Iterable[Part]) -> Group:
     """The tables and lists that are not folded away, in the console's width."""
-    found: list[Table | Text] = []
+    shown: list[Table | Text] = []
     for part in parts:
         if isinstance(part, Grid):
-            found.append(_table(part))
+            shown.append(_table(part))
         elif isinstance(part, Bullets):
-            found += [Text(f"- {item}") for item in part.items]
-    return Group(*found)
+            shown += [Text(f"- {item}") for item in part.items]
+    return Group(*shown)
 
 
 def _table(grid: Grid) -> Table:
@@ -150,8 +151,9 @@ def _markdown(part: Part) -> str:
         case Grid(title, heads, rows, note=note):
             rule = "|".join("---" if is_words else "---:" for is_words in part.is_words)
             table = [f"| {' | '.join(map(_md, row))} |" for row in (heads, *rows)]
-            return "\n".join([f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *_paragraph(note)])
-        case Picture(name, alt):
+            small = [_md(note), ""] if note else []
+            return "\n".join([f"### {_md(title)}", "", table[0], f"|{rule}|", *table[1:], "", *small])
+        case Plot(name, alt):
             return f"![{_md(alt)}](pictures/{name})\n"
         case Bullets(items):
             return "".join(f"- {_md(item)}\n" for item in items)
@@ -161,10 +163,6 @@ def _markdown(part: Part) -> str:
             return f"<details><summary>{escape(summary)}</summary>\n\n{markdown(parts)}\n</details>\n"
         case str(text):
             return f"{_md(text)}\n"
-
-
-def _paragraph(note: str) -> list[str]:
-    return [_md(note), ""] if note else []
 
 
 def _md(text: str) -> str:
@@ -204,7 +202,7 @@ def _html(part: Part, pictures: dict[str, bytes]) -> str:
                 lines.append(f"<tr{kind}>{_row(row, classes, 'row')}</tr>")
             shown = "\n".join([f"<h3>{escape(title)}</h3>", _wide(title, ["<table>", *lines, "</tbody></table>"])])
             return shown + (f'\n<p class="note">{escape(note)}</p>' if note else "")
-        case Picture(name, alt):
+        case Plot(name, alt):
             data = b64encode(pictures[name]).decode()
             return _wide(name, [f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'])
         case Bullets(items):
@@ -225,13 +223,13 @@ def _wide(label: str, lines: Sequence[str]) -> str:
 
 def _row(cells: Sequence[str], classes: Sequence[str], scope: str) -> str:
     """A head row where scope is col; of others, the first cell is a head."""
-    found = []
+    tags = []
     for i, (cell, its_class) in enumerate(zip(cells, classes, strict=True)):
         tag, its_scope = ("th", f' scope="{scope}"') if i == 0 or scope == "col" else ("td", "")
         first, *small = map(escape, cell.split("\n"))
         rest = "".join(f"<br><small>{text}</small>" for text in small)
-        found.append(f"<{tag}{its_scope}{its_class}>{first}{rest}</{tag}>")
-    return "".join(found)
+        tags.append(f"<{tag}{its_scope}{its_class}>{first}{rest}</{tag}>")
+    return "".join(tags)
 
 
 def write(folder: Path, title: str, parts: Sequence[Part], name: str = "report.md") -> Path:
@@ -241,7 +239,7 @@ def write(folder: Path, title: str, parts: Sequence[Part], name: str = "report.m
     check_folder(folder)
     pictures = {}
     for part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, Plot):
             write_figure(folder / "pictures" / part.name, part.draw())
             pictures[part.name] = (folder / "pictures" / part.name).read_bytes()
     for file, text in (

@@ -8,12 +8,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from mipfast.data import Record
 from mipfast.data.checkpoint import check_device, load_model, save_model
@@ -23,7 +24,7 @@ from mipfast.edit.neuron_path import NeuronPath
 from mipfast.edit.unlearn import edit, select_path, weighs_damage
 from mipfast.experiment import finetune as finetuning
 from mipfast.experiment import locate_file
-from mipfast.experiment.config import MODALITIES, EvalStage, Experiment, UnlearnStage, _yaml, settings_of
+from mipfast.experiment.config import EvalStage, Experiment, UnlearnStage, settings_of
 from mipfast.files import claim, machine, versions, write_atomic, write_json
 from mipfast.judge.records import Judgement, evaluate_records
 from mipfast.model.sites import Sites, find_sites
@@ -32,12 +33,39 @@ from mipfast.scoring.config import LocateConfig
 log = logging.getLogger("mipfast")
 
 
-def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
-    """Every stage that is not finished, and then OUT/summary.json, which is returned.
+@dataclass(frozen=True)
+class Where:
+    """How a stage runs, whatever it does."""
 
-    OUT/config.yaml, run.json, stages.json; finetune/model; locate/<set>; unlearn/{model, path, report.json};
-    eval/{vanilla, unlearned}. Raises ArtefactError where OUT is another experiment's, and what the stages raise."""
-    experiment.check()
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    progress: bool = False
+
+    def load(self, model: str) -> Any:
+        """The model of a folder, on a GPU where there is one."""
+        return load_model(model, self.device or ("cuda" if torch.cuda.is_available() else "cpu"), self.dtype)
+
+
+def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
+    """Every stage of an experiment that is not finished, and then its summary.
+
+    Into experiment.out: config.yaml, run.json, stages.json; finetune/model; locate/<set>; unlearn/{model, path,
+    report.json}; eval/{vanilla, unlearned}; summary.json. Killed at any moment, the same call goes on.
+
+    Args:
+        experiment: such as `Experiment.from_yaml` reads.
+        progress: show bars.
+
+    Returns:
+        What summary.json holds: both models' metrics, the neurons edited, seconds, versions, flags.
+
+    Raises:
+        InputError: for what is missing or cannot be used, before any stage begins.
+        ArtefactError: where the folder is another experiment's.
+        MipfastError: whatever else the stages raise.
+    """
+    experiment.check_ready()
     out, settings, seed = Path(experiment.out), settings_of(experiment), experiment.seed
     if not (out / "stages.json").exists():  # a damaged table shows now, not in hours, and claims no folder
         for part in (experiment.finetune, experiment.unlearn, experiment.eval):
@@ -48,63 +76,50 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     compared = {name: value for name, value in settings.items() if name not in ("title", "out", "device")}
     compared["eval"] = {name: value for name, value in settings["eval"].items() if name != "batch_size"}
     claim(out, {"config": compared}, {"versions": versions()})
-    write_atomic(out / "config.yaml", lambda path: path.write_text(_yaml(settings)))
+    write_atomic(
+        out / "config.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    )
     stages, vanilla = Stages(out), experiment.model
-    where: dict[str, Any] = {"device": experiment.device, "dtype": experiment.dtype, "progress": progress}
+    where = Where(seed, experiment.device, experiment.dtype, progress)
     if learned := experiment.finetune:
+        options = where.device, where.dtype, progress
         stages.do(
-            "finetune", lambda: finetuning.finetune(vanilla, learned.data.all(seed), out / "finetune", learned, **where)
+            "finetune",
+            lambda: finetuning.finetune(vanilla, learned.data.all(seed), out / "finetune", learned, *options),
         )
     known = str(out / "finetune" / "model") if learned else vanilla
-    unlearn_folder(known, experiment.unlearn, out, seed, **where)
+    unlearn_folder(known, experiment.unlearn, out, where)
     stages = Stages(out)
     for name, model in {"vanilla": known, "unlearned": str(out / "unlearn" / "model")}.items():
-        stages.do(f"eval/{name}", partial(evaluate_folder, model, experiment.eval, out / "eval" / name, seed, **where))
+        stages.do(f"eval/{name}", partial(evaluate_folder, model, experiment.eval, out / "eval" / name, where))
     summary = _summary(experiment, out, stages)
     write_json(out / "summary.json", summary)
     return summary
 
 
-def unlearn_folder(
-    model: str,
-    stage: UnlearnStage,
-    out: str | Path,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str = "auto",
-    progress: bool = False,
-) -> dict[str, Any]:
+def unlearn_folder(model: str, stage: UnlearnStage, out: str | Path, where: Where) -> dict[str, Any]:
     """Locate on the stage's records into OUT/locate, choose, prune and misdirect into OUT/unlearn: model, a plain
     transformers folder, path and report.json, which is returned. What is there already is not done again."""
-    stage.check()
     out = Path(out)
-    identity = {"config": settings_of(stage), "source": str(model), "dtype": dtype, "seed": seed}
+    identity = {"config": settings_of(stage), "source": str(model), "dtype": where.dtype, "seed": where.seed}
     claim(out / "unlearn", identity, {"versions": versions()})
-    stage, stages = replace(stage, progress=progress), Stages(out)
+    stage, stages = replace(stage, progress=where.progress), Stages(out)
 
     @cache
     def loaded() -> tuple[Any, Encoder, dict[str, list[Record]]]:
-        roles = stage.data.load(seed)
-        return load_model(model, _device(device), dtype), Encoder.from_pretrained(model), roles
+        roles = stage.data.load(where.seed)
+        return where.load(model), Encoder.from_pretrained(model), roles
 
     stages.do("locate", lambda: _locate(*loaded(), stage, out))
     stages.do("unlearn", lambda: _unlearn(*loaded(), stage, out, identity))
     return json.loads((out / "unlearn" / "report.json").read_text())
 
 
-def evaluate_folder(
-    model: str,
-    stage: EvalStage,
-    out: str | Path,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str = "auto",
-    progress: bool = False,
-) -> Judgement:
+def evaluate_folder(model: str, stage: EvalStage, out: str | Path, where: Where) -> Judgement:
     """Evaluate a model's folder on the stage's records, into a folder that `mipfast.evaluation.read_records` reads."""
-    records, encoder = stage.data.all(seed), Encoder.from_pretrained(model)
-    loaded = load_model(model, _device(device), dtype)
-    return evaluate_records(loaded, encoder, records, out, stage.batch_size, stage.max_new_tokens, progress=progress)
+    records, encoder = stage.data.all(where.seed), Encoder.from_pretrained(model)
+    sizes = stage.batch_size, stage.max_new_tokens
+    return evaluate_records(where.load(model), encoder, records, out, *sizes, progress=where.progress)
 
 
 class Stages:
@@ -136,18 +151,18 @@ def _sets(
 ) -> dict[str, tuple[list[Record], LocateConfig]]:
     """What `select_path` needs: {"role-modality": (records, how they are scored)}. IGI is fed the forget set's text,
     IFI its pictures; the damage estimate takes IGI of everything that is to be kept."""
-    found: dict[str, tuple[list[Record], LocateConfig]] = {}
+    sets: dict[str, tuple[list[Record], LocateConfig]] = {}
     damage = weighs_damage(config) and any(record.modality == "text" for record in roles["forget"])
     for role, records in roles.items():
-        for modality in MODALITIES:
+        for modality in ("text", "image"):
             some = [record for record in records if record.modality == modality]
             if role == "forget" and modality == "image":
                 how = config.vision if sites.vision else None
             else:
                 how = config.text if role == "forget" or damage else None
             if some and how:
-                found[f"{role}-{modality}"] = (some, how)
-    return found
+                sets[f"{role}-{modality}"] = (some, how)
+    return sets
 
 
 def _locate(model: Any, encoder: Encoder, roles: dict[str, list[Record]], stage: UnlearnStage, out: Path) -> None:
@@ -172,15 +187,15 @@ def _unlearn(
     folder, sites = out / "unlearn", find_sites(model)
     if (folder / "model").exists():
         return
-    found = {name: locate_file.read(out / "locate" / name) for name in _sets(roles, stage, sites)}
-    kept = [one for name, one in found.items() if not name.startswith("forget-")]
-    path = select_path(sites, found.get("forget-text"), found.get("forget-image"), kept, stage)
+    located = {name: locate_file.read(out / "locate" / name) for name in _sets(roles, stage, sites)}
+    kept = [one for name, one in located.items() if not name.startswith("forget-")]
+    path = select_path(sites, located.get("forget-text"), located.get("forget-image"), kept, stage)
     path.save_pretrained(folder / "path")
     others = [record for role, records in roles.items() if role != "forget" for record in records]
     forget, retain = (Batches(encoder, some, stage.batch_size, model.device) for some in (roles["forget"], others))
     report = {
         **identity,
-        "locate": {name: one.report for name, one in found.items()},
+        "locate": {name: one.report for name, one in located.items()},
         "misdirect": edit(model, path, forget, retain, stage),
         "neurons": _neurons(path, sites),
         "versions": versions(),
@@ -243,7 +258,3 @@ def _flags(
         if bad := [key for key, value in values.items() if value is None]:
             flags.append(f"{name}: {len(bad)} of {len(values)} metrics are not finite, such as {bad[0]}")
     return flags
-
-
-def _device(given: str | None) -> str:
-    return given or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,10 +17,27 @@ from mipfast.scoring.search import locate
 class NeuronPathIG:
     """Integrated gradients of every FFN neuron of one stack, from silent neurons to the clean run.
 
-    stack: "text", "vision", or the name of a stack that find_sites knows. With the defaults, and where zero embeddings
-    give zero activations (no biases), this is Captum's LayerIntegratedGradients(f, output projection) of every layer,
-    with attribute_to_layer_input=True and baseline zero, summed over positions: all layers at once, and without
-    differentiating parameters. The path of a greedy search is in what `mipfast.locate` returns.
+    With the defaults, and where zero embeddings give zero activations (no biases), this is Captum's
+    LayerIntegratedGradients(f, output projection) of every layer, with attribute_to_layer_input=True and baseline zero,
+    summed over positions: all layers at once, and without differentiating parameters. The path of a greedy search is in
+    what `mipfast.locate` returns.
+
+    Args:
+        model: a transformers model.
+        stack: "text", "vision", or the name of a stack that `find_sites` knows.
+
+    Raises:
+        ModelError: for a stack that the model does not have.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast.integrations.captum import NeuronPathIG
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> tokens = torch.arange(6)[None]
+        >>> NeuronPathIG(model).attribute({"input_ids": tokens, "labels": tokens}, n_steps=3).shape
+        torch.Size([1, 2, 24])
     """
 
     def __init__(self, model: nn.Module, stack: str = "text"):
@@ -42,15 +59,28 @@ class NeuronPathIG:
         search: str = "pointwise",
         **settings: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Scores [n,L,F], and with return_convergence_delta the completeness residuals [n,L].
+        """Score every neuron of the stack.
 
-        inputs: what model(**inputs) takes, with labels [n,S] (-100 = not scored): they are Captum's `target`, and
-        `objective` says what is made of them. n_steps, method: as in Captum, except that four Gauss nodes are the
-        default here and riemann_trapezoid's weights sum to 1. internal_batch_size: rows per replay; where n_steps
-        times n are more, one node runs at a time, with n rows, which is the least. The residual is Captum's delta
-        without sign and relative to the change of the objective, per layer. settings: further fields of LocateConfig.
+        Args:
+            inputs: what model(**inputs) takes, with labels [n,S] (-100 = not scored): they are Captum's `target`, and
+                `objective` says what is made of them.
+            n_steps: nodes of the quadrature; four Gauss nodes are the default here.
+            method: as in Captum, except that riemann_trapezoid's weights sum to 1.
+            internal_batch_size: rows per replay; where n_steps times n are more, one node runs at a time, with n rows,
+                which is the least.
+            return_convergence_delta: also return the completeness residuals.
+            positions: rows that are scaled, as in LocateConfig.
+            search: as in LocateConfig.
+            settings: further fields of LocateConfig.
 
-        Raises InputError, ModelError or DivergedError (see `mipfast.errors`).
+        Returns:
+            Scores [n,L,F] float32, and with return_convergence_delta the residuals [n,L]: Captum's delta without sign
+            and relative to the change of the objective, per layer.
+
+        Raises:
+            InputError: for inputs or settings that cannot be used.
+            ModelError: for a model whose neurons cannot be found.
+            DivergedError: for scores that are not finite.
         """
         if internal_batch_size is not None and internal_batch_size < 1:
             raise InputError(f"internal_batch_size={internal_batch_size}; expected at least 1 row, or None for all")
@@ -71,7 +101,7 @@ class NeuronPathIG:
             **self._where,
             **settings,
         }
-        found = locate(self.model, inputs, **config)
+        located = locate(self.model, inputs, **config)
         if return_convergence_delta:
-            return found.scores, torch.tensor(found.report["residuals"])
-        return found.scores
+            return located.scores, torch.tensor(located.report["residuals"])
+        return located.scores

@@ -16,8 +16,8 @@ from transformers import Trainer
 from mipfast.edit.config import MIPConfig, RMisUConfig
 from mipfast.edit.prune import prune
 from mipfast.edit.unlearn import locate_path
-from mipfast.errors import InputError
-from mipfast.experiment.config import overridden, settings_of
+from mipfast.errors import InputError, check_counts
+from mipfast.experiment.config import overlaid, settings_of
 from mipfast.files import write_atomic
 from mipfast.integrations.trainer import RMisUTrainer
 from mipfast.model.batch import Batch, find_labels
@@ -29,12 +29,22 @@ LORA = ("lora_rank", "lora_alpha")
 
 
 def register(config_dir: str | Path | None = None) -> type:
-    """Add the trainer MIPEditor to open-unlearning's registry, write its config to config_dir/trainer/MIPEditor.yaml,
-    and return the class (see `Editor`). Call it before src/train.py runs, with src on sys.path.
+    """Add the trainer MIPEditor to open-unlearning's registry, and write its config to
+    config_dir/trainer/MIPEditor.yaml.
 
-    config_dir: open-unlearning's configs; None finds them beside src. A config that is there stays as it is: it may
-    have been edited. Raises InputError where open-unlearning cannot be imported, for a folder that is not its configs,
-    and where the name or the file is somebody else's."""
+    Call it before src/train.py runs, with src on sys.path. A config that is there stays as it is: it may have been
+    edited.
+
+    Args:
+        config_dir: open-unlearning's configs; None finds them beside src.
+
+    Returns:
+        The trainer's class, see `Editor`.
+
+    Raises:
+        InputError: where open-unlearning cannot be imported, for a folder that is not its configs, and where the name
+            or the file is somebody else's.
+    """
     try:
         import trainer
         from trainer.unlearn.base import UnlearnTrainer
@@ -85,19 +95,24 @@ def _write_config(folder: Path) -> None:
         write_atomic(path, lambda p: p.write_text(yaml.safe_dump(config, sort_keys=False)))
         return
     try:
-        found = yaml.safe_load(path.read_text())
+        written = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); remove it, and register() writes it again") from error
-    if not isinstance(found, dict) or found.get("handler") != NAME:
+    if not isinstance(written, dict) or written.get("handler") != NAME:
         raise InputError(f"{path} is not a config of the trainer {NAME}; rename it, and register() writes one")
 
 
 @dataclass(frozen=True)
 class EditorConfig(MIPConfig):
-    """samples: items of the train dataset, at most, on which neurons are located. Of rmisu, trainable is path or down;
-    lr, steps and epochs are trainer.args' learning_rate, max_steps and num_train_epochs."""
+    """MIPConfig's fields, as method_args has them. Of rmisu, trainable is path or down; lr, steps and epochs are
+    trainer.args' learning_rate, max_steps and num_train_epochs."""
 
     samples: int = 64
+    """Items of the train dataset, at most, on which neurons are located."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "samples")
 
     @classmethod
     def from_yaml(cls, method_args: Mapping[str, Any]) -> EditorConfig:
@@ -107,11 +122,7 @@ class EditorConfig(MIPConfig):
         for name, argument in ARGUMENTS.items():
             if isinstance(rmisu, dict) and name in rmisu:
                 raise InputError(f"method_args.rmisu.{name}: the Trainer trains; give trainer.args.{argument} instead")
-        config = overridden(cls(), given, "method_args")
-        config.check()
-        if config.samples < 1:
-            raise InputError(f"method_args.samples={config.samples}; expected at least 1 item to locate on")
-        return config
+        return overlaid(cls(), given, "method_args")
 
 
 class Editor(RMisUTrainer):

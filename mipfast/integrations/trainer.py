@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from mipfast.edit.config import RMisUConfig, check_config
+from mipfast.edit.config import RMisUConfig
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import check_no_hook, neurons_below, rmisu_loss, steering_layer, trainable_parts, unedited
 from mipfast.edit.prune import Neurons, check_neurons
 from mipfast.edit.steering import STEPS, find_target
 from mipfast.edit.train import Leaves, Losses, training
-from mipfast.errors import DivergedError, InputError
+from mipfast.errors import DivergedError, InputError, configured
 from mipfast.files import load_artefact, save_artefact
 from mipfast.model.batch import Batch
 from mipfast.model.patching import frozen_eval
@@ -29,19 +29,46 @@ ITEMS = "'forget' and 'retain' in every item, an example of each"
 
 
 class RMisUTrainer(Trainer):
-    """`misdirect` for those who have a Trainer. An item of train_dataset is {"forget": example, "retain": example};
-    data_collator makes a batch, with labels, of the examples of one side.
+    """`misdirect` for those who have a Trainer.
 
-    path: as `misdirect` takes it. rmisu: layer, steering_coeff, unit, alpha, direction, positions, seed (of the
-    direction) and trainable ("path" or "down") count; TrainingArguments say the rest. The optimiser sees the trained
-    slices alone, in float32 at least, and weight decay acts on them; everything else stays bit for bit. The model runs
-    in eval mode (no dropout, no gradient checkpointing), to the steering layer. The retain set is held at the hidden
-    states of the model as train() found it, without prunes in force: one more forward pass per step, no second model.
-    With unit "retain" a pass over the retain half measures the target's length first; a learned direction is learned
-    from the dataset's first 40 forget batches, and train()'s metrics say what it is for, as misdirect's report does.
+    The optimiser sees the trained slices alone, in float32 at least, and weight decay acts on them; everything else
+    stays bit for bit. The model runs in eval mode (no dropout, no gradient checkpointing), to the steering layer. The
+    retain set is held at the hidden states of the model as train() found it, without prunes in force: one more forward
+    pass per step, no second model. With unit "retain" a pass over the retain half measures the target's length first; a
+    learned direction is learned from the dataset's first 40 forget batches, and train()'s metrics say what it is for,
+    as misdirect's report does.
 
     Checkpoints hold the slices beside the model; resume with the model (and prune) that the run started from. Several
-    processes average their gradients; no FSDP, no DeepSpeed. Raises InputError for what it cannot train."""
+    processes average their gradients; no FSDP, no DeepSpeed.
+
+    Args:
+        model: a transformers model.
+        args: TrainingArguments; learning rate, length, batch size and optimiser are theirs.
+        path: as `misdirect` takes it.
+        rmisu: layer, steering_coeff, unit, alpha, direction, positions, seed (of the direction) and trainable ("path"
+            or "down") count.
+        kwargs: Trainer's other arguments. An item of train_dataset is {"forget": example, "retain": example};
+            data_collator makes a batch, with labels, of the examples of one side.
+
+    Raises:
+        InputError: for what it cannot train.
+        ArtefactError: for another model's path.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from mipfast import RMisUTrainer
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> forget, retain = ({"input_ids": t, "labels": t} for t in torch.arange(12).view(2, 6))
+        >>> data = [{"forget": forget, "retain": retain}]
+        >>> options = dict(max_steps=2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
+        >>> args = TrainingArguments(tempfile.mkdtemp(), **options)
+        >>> trainer = RMisUTrainer(model, args, path={("model.layers", 0): torch.tensor([3])}, train_dataset=data)
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...
+        2
+    """
 
     model: Any
     train_dataset: Any
@@ -56,9 +83,8 @@ class RMisUTrainer(Trainer):
     def __init__(
         self, model: nn.Module, args: Any = None, *, path: Neurons, rmisu: RMisUConfig | None = None, **kwargs
     ):
-        self.rmisu = rmisu or RMisUConfig()
+        self.rmisu = configured(RMisUConfig, rmisu, {})
         sites = check_neurons(model, path)
-        check_config(self.rmisu)
         if self.rmisu.trainable not in ("path", "down"):
             raise InputError(
                 f"trainable={self.rmisu.trainable!r}; RMisUTrainer takes path or down, misdirect the others"

@@ -16,10 +16,12 @@ from mipfast.model.patching import frozen_eval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """predicted[i]: the token ids the model ranks first at question i's label positions; hits[i]: all of them right."""
+    """What `evaluate` found, a question at a time."""
 
     predicted: list[list[int]]
+    """The token ids that the model ranks first at the question's label positions."""
     hits: list[bool]
+    """Whether all of them are right."""
 
     @property
     def accuracy(self) -> float:
@@ -30,9 +32,32 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False) -> Evaluation:
     """Greedy accuracy over the whole vocabulary at the labelled positions, the answer's earlier tokens given.
 
-    A question counts as right when greedy decoding would write exactly its label tokens. batches: what model(**batch)
-    takes, with labels [n,S]. Raises InputError for batches without labels, DivergedError for logits that are not
-    finite."""
+    A question counts as right when greedy decoding would write exactly its label tokens.
+
+    Args:
+        model: a transformers model.
+        batches: of what model(**batch) takes, with labels [n,S], -100 where nothing is asked.
+        progress: show a bar.
+
+    Returns:
+        What the model ranks first for every question, in order, and whether it is right.
+
+    Raises:
+        InputError: for a batch without labels.
+        DivergedError: for logits that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import evaluate
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).eval()
+        >>> ids = torch.tensor([[3, 5, 7]])
+        >>> answer = int(model(ids).logits[0, 1].argmax())  # what the model would write after 3, 5
+        >>> found = evaluate(model, [{"input_ids": ids, "labels": torch.tensor([[-100, -100, answer]])}])
+        >>> found.predicted == [[answer]], found.accuracy
+        (True, 100.0)
+    """
     predicted: list[list[int]] = []
     hits: list[bool] = []
     with frozen_eval(model), torch.no_grad():

@@ -19,13 +19,33 @@ from mipfast.model.patching import frozen_eval, unwrapped
 
 @contextmanager
 def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterator[None]:
-    """The model after one Adam step per batch on all of its weights; the weights before return on the way out.
+    """A context manager: the model after one Adam step per batch on all of its weights, which it gets back at exit.
 
-    batches: some of the forgotten knowledge, as model(**batch) takes it, with labels. Judge inside the context on the
-    *rest* of it: what comes back there was hidden, not removed.
+    Judge inside the context on the *rest* of the forgotten knowledge: what comes back there was hidden, not removed.
 
-    Raises InputError for lr that is not positive, one batch in the place of many or a batch without labels,
-    DivergedError for a loss that is not finite."""
+    Args:
+        model: a transformers model.
+        batches: some of the forgotten knowledge, as model(**batch) takes it, with labels.
+        lr: of Adam without weight decay.
+
+    Raises:
+        InputError: for lr that is not positive, one batch in the place of many or a batch without labels.
+        DivergedError: for a loss that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import attacks
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2))
+        >>> ids = torch.tensor([[3, 5, 7]])
+        >>> before = model.lm_head.weight.clone()
+        >>> with attacks.relearned(model, [{"input_ids": ids, "labels": ids}]):
+        ...     torch.equal(model.lm_head.weight, before)
+        False
+        >>> torch.equal(model.lm_head.weight, before)
+        True
+    """
     check_many("batches", batches)
     if not isinstance(lr, int | float) or not lr > 0:
         raise InputError(f"lr={lr!r}; expected a positive number")
@@ -47,16 +67,38 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
 
 
 def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch], k: float = 0.2) -> dict[str, float]:
-    """Can the model's likelihoods tell what it was trained on from what it never saw? {"loss": AUC, "min_k": AUC} in
-    percent, of "the member has the higher likelihood": 50 cannot be told apart, 100 always; below 50 the members stand
-    out as unusually *un*likely. A model that never saw either need not be at 50: compare with a retrained one.
+    """Membership inference: do the model's likelihoods tell what it was trained on from what it never saw?
 
-    members, strangers: batches as model(**batch) takes them, with labels. A sample's likelihood is loss: the mean
-    log-probability of its label tokens (Yeom et al., arXiv 1709.01604); min_k: that of the share k of them that are
-    least likely, one at least (Shi et al., arXiv 2310.16789). For one-token answers the two are the same.
+    A sample's likelihood is, by loss, the mean log-probability of its label tokens (Yeom et al., arXiv 1709.01604); by
+    min_k, that of the share k of them that are least likely, one at least (Shi et al., arXiv 2310.16789). For one-token
+    answers the two are the same.
 
-    Raises InputError for k outside (0, 1], a side without samples or one batch in the place of many, DivergedError for
-    likelihoods that are not finite, MipfastError without scikit-learn."""
+    Args:
+        model: a transformers model.
+        members: batches of what it was trained on, as model(**batch) takes them, with labels.
+        strangers: batches of what it never saw.
+        k: the share of min_k, in (0, 1].
+
+    Returns:
+        {"loss": AUC, "min_k": AUC} in percent, of "the member has the higher likelihood": 50 cannot be told apart, 100
+        always; below 50 the members stand out as unusually *un*likely. A model that never saw either need not be at
+        50: compare with a retrained one.
+
+    Raises:
+        InputError: for k outside (0, 1], a side without samples or one batch in the place of many.
+        DivergedError: for likelihoods that are not finite.
+        MipfastError: without scikit-learn.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import attacks
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2))
+        >>> batch = {"input_ids": torch.tensor([[3, 5, 7]]), "labels": torch.tensor([[-100, -100, 7]])}
+        >>> attacks.membership(model, [batch], [batch])
+        {'loss': 50.0, 'min_k': 50.0}
+    """
     for name, batches in (("members", members), ("strangers", strangers)):
         check_many(name, batches)
     if not isinstance(k, int | float) or not 0 < k <= 1:
@@ -66,7 +108,7 @@ def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch],
 
 
 def _likelihoods(model: Any, batches: Iterable[Batch], k: float) -> dict[str, list[float]]:
-    """Both scores of every sample."""
+    """{"loss", "min_k": the likelihood of every sample}."""
     scores: dict[str, list[float]] = {"loss": [], "min_k": []}
     with frozen_eval(model), torch.no_grad():
         for batch in batches:
@@ -84,13 +126,32 @@ def _likelihoods(model: Any, batches: Iterable[Batch], k: float) -> dict[str, li
 
 @contextmanager
 def quantised(model: Any, bits: int = 4) -> Iterator[None]:
-    """The model with the weight of every Linear and Conv1D rounded to integers of `bits` and back, embeddings and
-    language-model head left alone; the original bits return on the way out.
+    """A context manager: the model with its weights rounded to integers of `bits` and back; at exit they return.
 
-    Symmetric, round to nearest, one scale per output channel: s round(w / s), s = max|w| / (2^(bits-1) - 1). Editing
-    moves weights so little that rounding can move them back: Zhang et al., arXiv 2410.16454. A PeftModel's adapters are
-    rounded apart from what they sit on: merge them first. Raises InputError for bits outside 2..8, ModelError for
-    weights that are integers already."""
+    The weight of every Linear and Conv1D, embeddings and language-model head left alone. Symmetric, round to nearest,
+    one scale per output channel: s round(w / s), s = max|w| / (2^(bits-1) - 1). Editing moves weights so little that
+    rounding can move them back: Zhang et al., arXiv 2410.16454. A PeftModel's adapters are rounded apart from what they
+    sit on: merge them first.
+
+    Args:
+        model: a transformers model.
+        bits: 2 to 8.
+
+    Raises:
+        InputError: for other bits.
+        ModelError: for weights that are integers already.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mipfast import attacks
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2))
+        >>> with attacks.quantised(model, bits=2):
+        ...     values = model.model.layers[0].mlp.up_proj.weight[0].unique()
+        >>> len(values)  # -s, 0, s
+        3
+    """
     if bits not in range(2, 9):
         raise InputError(f"bits={bits!r}; expected 2 to 8")
     embeddings = (unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings())
@@ -119,13 +180,30 @@ def _rounded(weight: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 
 def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) -> dict[str, torch.Tensor]:
-    """The batch with the same text tokens [P] or [1,P] before every sample's prompt: a hint, or examples of what is
-    asked.
+    """The batch with the same text tokens before every sample's prompt: a hint, or examples of what is asked.
 
-    at: how many of a sample's own tokens stay in front of them; 1 keeps a start token first. Padding on either side.
     The tokens are attended and not scored; position_ids count on; what is not one value per token is passed through.
-    Raises InputError for tokens that are no integers, anything else per token (inputs_embeds, cross_attention_mask, a
-    4-D mask), and where the tokens would stand behind a label."""
+
+    Args:
+        batch: as model(**batch) takes it, padded on either side.
+        tokens: [P] or [1,P] integers, a tokenizer's input_ids.
+        at: how many of a sample's own tokens stay in front of them; 1 keeps a start token first.
+
+    Returns:
+        A new batch, every sample P tokens longer.
+
+    Raises:
+        InputError: for tokens that are no integers, for anything else that has a value per token (inputs_embeds,
+            cross_attention_mask, a 4-D mask), and where the tokens would stand behind a label.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import attacks
+        >>> batch = {"input_ids": torch.tensor([[1, 5, 7]]), "labels": torch.tensor([[-100, -100, 7]])}
+        >>> hinted = attacks.prefixed(batch, [8, 9], at=1)
+        >>> hinted["input_ids"].tolist(), hinted["labels"].tolist()
+        ([[1, 8, 9, 5, 7]], [[-100, -100, -100, -100, 7]])
+    """
     ids = batch["input_ids"]
     added = _token_ids(tokens).to(ids)
     fill = {"input_ids": added} | {
@@ -162,11 +240,11 @@ def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) ->
 def _token_ids(tokens: Any) -> torch.Tensor:
     """[P] of [P] or [1,P]."""
     try:
-        found = torch.as_tensor(tokens)
+        ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0, 0)  # of no shape that passes
-    found = found[0] if found.ndim == 2 and len(found) == 1 else found
-    if found.ndim != 1 or (len(found) and found.dtype not in (torch.int64, torch.int32)):
-        what = f"a {found.dtype} tensor {list(found.shape)}" if isinstance(tokens, torch.Tensor) else repr(tokens)
-        raise InputError(f"tokens are {what}; expected integers of shape [P] or [1,P], a tokenizer's input_ids")
-    return found
+        ids = torch.empty(0, 0)  # refused below, with the tokens in the message
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim != 1 or (len(ids) and ids.dtype not in (torch.int64, torch.int32)):
+        shown = f"a {ids.dtype} tensor {list(ids.shape)}" if isinstance(tokens, torch.Tensor) else repr(tokens)
+        raise InputError(f"tokens are {shown}; expected integers of shape [P] or [1,P], a tokenizer's input_ids")
+    return ids

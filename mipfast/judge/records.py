@@ -1,5 +1,5 @@
-"""Does the model still know the answer? Greedy accuracy of batches; of a benchmark's records what the model writes and
-how likely it finds their answers, with every metric, on disk chunk by chunk."""
+"""Does the model still know the answer? What it writes for a benchmark's records and how likely it finds their answers,
+with every metric, on disk chunk by chunk."""
 
 from __future__ import annotations
 
@@ -31,32 +31,43 @@ from mipfast.model.patching import frozen_eval, unwrapped
 log = logging.getLogger("mipfast")
 T = TypeVar("T")
 
-
 CHUNK = 64  # records a file: enough to sort by length, few enough that a stop loses little
+COPIED = ("id", "group", "modality", "task", "prompt", "target", "answer")  # from a record into its row
 CHOICE_TOKENS = 8  # only the first character counts; a model that forgot to stop would write on to the limit
-ROWS, NAME = "rows-*.jsonl", "MIPFAST"
+ROW_FILES = "rows-*.jsonl"
+PREFIX = "MIPFAST"  # of the files of Judgement.save
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What a model made of a set of records.
 
-    rows: one per record, in their order, as its JSON has it: id, group, modality, task, prompt, target, answer; text:
-    what the model wrote; nll: of the target, mean per token; nll_options, nll_paraphrase (none or one), nll_perturbed:
-    lists of the same. null stands for a log-likelihood that is nan or infinite. facts: config, versions."""
+    Example:
+        >>> import math
+        >>> from mipfast.evaluation import Judgement
+        >>> row = {"id": "7", "group": "forget_5", "modality": "text", "task": "cloze", "answer": "Oslo"}
+        >>> row |= {"text": "in Oslo", "nll": math.log(2), "nll_options": [], "nll_paraphrase": [], "nll_perturbed": []}
+        >>> judged = Judgement([row], facts={})
+        >>> judged.summary["forget_5/text/cloze/accuracy"], judged.scores["forget_5/text/cloze/probability"]
+        (1.0, {'7': 0.5})
+    """
 
     rows: list[dict[str, Any]]
+    """One per record, in their order, as its JSON has it: id, group, modality, task, prompt, target, answer; text: what
+    the model wrote; nll: of the target, mean per token; nll_options, nll_paraphrase (none or one), nll_perturbed: lists
+    of the same. null stands for a log-likelihood that is nan or infinite."""
     facts: dict[str, Any]
+    """Config, number of records, versions."""
 
     @cached_property
     def scores(self) -> dict[str, dict[str, float]]:
         """{"group/modality/task/metric": {id: value}}; docs/metrics.md has the metrics."""
-        found: dict[str, dict[str, float]] = {}
+        scores: dict[str, dict[str, float]] = {}
         for row in self.rows:
             for metric, value in _scores(row).items():
                 cell = "/".join([row["group"], row["modality"], row["task"], metric])
-                found.setdefault(cell, {})[row["id"]] = float(value)
-        return found
+                scores.setdefault(cell, {})[row["id"]] = float(value)
+        return scores
 
     @property
     def summary(self) -> dict[str, float]:
@@ -68,9 +79,14 @@ class Judgement:
         """group/id of every record with a log-likelihood that is nan or infinite."""
         return [f"{row['group']}/{row['id']}" for row in self.rows if None in _nlls(row)]
 
-    def save(self, folder: str | Path, name: str = NAME) -> None:
+    def save(self, folder: str | Path, name: str = PREFIX) -> None:
         """Write NAME_EVAL.json, {metric: {"agg_value": x, "value_by_index": {id: {metric: x}}}}, and NAME_SUMMARY.json,
-        {metric: x}: open-unlearning's shape. What is not finite is null."""
+        {metric: x}: open-unlearning's shape. What is not finite is null.
+
+        Args:
+            folder: where to write.
+            name: the NAME of the files.
+        """
         means = {cell: _finite(value) for cell, value in self.summary.items()}
         every = {
             cell: {
@@ -90,21 +106,51 @@ def evaluate_records(
     out: str | Path | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 50,
-    name: str = NAME,
+    name: str = PREFIX,
     progress: bool = False,
 ) -> Judgement:
     """What the model writes under greedy decoding, and how likely it finds each record's answers.
 
-    encoder: batch(records), what model(**batch) takes, padded on the right, the targets labelled; prompts(records),
-    what model.generate takes, padded on the left; tokenizer; fingerprint(). Of the model's generation config only the
-    end tokens count, and nothing is drawn at random. batch_size is a memory knob, halved where memory runs out: results
-    do not depend on it but for rounding, which in 16 bits may decide between two equally likely tokens. A choice gets
-    CHOICE_TOKENS at most.
+    Of the model's generation config only the end tokens count, and nothing is drawn at random.
 
-    With out, rows-*.jsonl are written there chunk by chunk, a stopped run goes on from them, and at the end come the
-    files of `Judgement.save`. run.json tells whose folder it is: config, records, hash of all weights, and the first
-    record's NLL, which sees hooks and switched-off adapters. Raises ArtefactError where it is another's, InputError for
-    records that cannot be judged, ModelError for a model that cannot write, MipfastError without a metric's library."""
+    Args:
+        model: a transformers model that can generate.
+        encoder: a `mipfast.samples.Encoder`, or what has its batch(records), prompts(records), tokenizer and
+            fingerprint().
+        records: with ids that are unique within their groups.
+        out: a folder: rows-*.jsonl are written there chunk by chunk, a stopped run goes on from them, and at the end
+            come the files of `Judgement.save`. run.json tells whose folder it is: config, records, hash of all weights,
+            and the first record's NLL, which sees hooks and switched-off adapters.
+        batch_size: a memory knob, halved where memory runs out: results do not depend on it but for rounding, which in
+            16 bits may decide between two equally likely tokens.
+        max_new_tokens: the most that the model writes for a record, CHOICE_TOKENS = 8 for a choice.
+        name: the NAME of the files of `Judgement.save`.
+        progress: show a bar.
+
+    Returns:
+        What the model wrote for every record, its likelihoods and scores.
+
+    Raises:
+        ArtefactError: where out is another run's.
+        InputError: for records that cannot be judged.
+        ModelError: for a model that cannot write.
+        MipfastError: without a metric's library.
+
+    Example:
+        >>> import mipfast, tempfile
+        >>> from pathlib import Path
+        >>> from mipfast.data import Record
+        >>> from mipfast.evaluation import evaluate_records, read_records
+        >>> from mipfast.samples import Encoder, load_model
+        >>> demo = Path(mipfast.__file__).parent / "demo" / "weights" / "base"
+        >>> record = Record("7", "pets", "text", "cloze", "Name the pet __", "dog")
+        >>> folder = tempfile.mkdtemp()
+        >>> judged = evaluate_records(load_model(demo), Encoder.from_pretrained(demo), [record], folder)
+        >>> sorted(judged.summary)
+        ['pets/text/cloze/accuracy', 'pets/text/cloze/exact_match', 'pets/text/cloze/probability']
+        >>> read_records(folder).rows == judged.rows
+        True
+    """
     records = list(records)
     _check(records, batch_size, max_new_tokens)
     runner = _Runner(model, encoder, batch_size, max_new_tokens)
@@ -132,7 +178,7 @@ def evaluate_records(
                 chunk = records[start : start + CHUNK]
                 if not out:
                     rows += runner.rows(chunk)
-                elif not (shard := out / ROWS.replace("*", f"{start:06d}")).exists():
+                elif not (shard := out / ROW_FILES.replace("*", f"{start:06d}")).exists():
                     _write_rows(shard, runner.rows(chunk))
                 bar.update(len(chunk))
     judged = read_records(out) if out else Judgement(rows, facts)
@@ -145,12 +191,19 @@ def evaluate_records(
 
 
 def read_records(folder: str | Path) -> Judgement:
-    """The Judgement of a finished run. Raises ArtefactError for an unfinished or damaged folder."""
+    """The Judgement of a finished run, without a model.
+
+    Args:
+        folder: the out of `evaluate_records`.
+
+    Raises:
+        ArtefactError: for an unfinished or damaged folder.
+    """
     folder = Path(folder)
     facts = read_run(folder)
     if facts is None or "records" not in facts:
         raise ArtefactError(f"{folder} has no run.json of evaluate_records; expected a folder it wrote")
-    rows = [row for path in sorted(folder.glob(ROWS)) for row in _read_rows(path)]
+    rows = [row for path in sorted(folder.glob(ROW_FILES)) for row in _read_rows(path)]
     if len(rows) != facts["records"]:
         raise ArtefactError(
             f"{folder} holds {len(rows)} of {facts['records']} records; run the same evaluation again to go on"
@@ -159,7 +212,7 @@ def read_records(folder: str | Path) -> Judgement:
 
 
 class _Runner:
-    """A model that is asked in batches of a size that memory allows."""
+    """A model, asked in batches of a size that memory allows."""
 
     def __init__(self, model: Any, encoder: Any, batch_size: int, max_new_tokens: int):
         self.model, self.encoder, self.size, self.max_new_tokens = model, encoder, batch_size, max_new_tokens
@@ -174,6 +227,7 @@ class _Runner:
         return value if value is None else round(value, 2)
 
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """As `Judgement.rows`."""
         answers = [_answers(record) for record in records]
         nlls = iter(self._each([answer for some in answers for answer in some], self._nll))
         with self._greedy():
@@ -183,8 +237,7 @@ class _Runner:
             (nll, *options), *others = [[_finite(value) for value in next(nlls)] for _ in some]
             paraphrases = len(others) - len(record.perturbed) if others else 0
             rows.append(
-                {name: getattr(record, name) for name in ("id", "group", "modality", "task")}
-                | {name: getattr(record, name) for name in ("prompt", "target", "answer")}
+                {name: getattr(record, name) for name in COPIED}
                 | {
                     "text": text,
                     "nll": nll,
@@ -208,16 +261,16 @@ class _Runner:
             todo = list(same)
             while todo:
                 some = todo[: self.size]
-                if (found := self._asked([records[i] for i in some], ask)) is None:
+                if (said := self._asked([records[i] for i in some], ask)) is None:
                     self.size = (len(some) + 1) // 2
                     log.warning("out of memory: going on with batches of %d", self.size)
                     continue
-                answers |= zip(some, found, strict=True)
+                answers |= zip(some, said, strict=True)
                 todo = todo[len(some) :]
         return [answers[i] for i in range(len(records))]
 
     def _asked(self, records: list[Record], ask: Callable[[list[Record]], list[T]]) -> list[T] | None:
-        """None where memory ran out."""
+        """None where memory ran out: asking again inside `except` would keep the failed tensors alive."""
         try:
             return ask(records)
         except torch.OutOfMemoryError as error:
@@ -235,15 +288,15 @@ class _Runner:
         kept = length - int(labels.index[labels.mask].min())
         only = {"logits_to_keep": kept} if "logits_to_keep" in self.accepts else {}
         logits = self.model(**without_labels(batch), use_cache=False, **only).logits[:, -kept:]
-        rows = (labels.index - length + kept).clamp_min(0)  # padding points anywhere
+        rows = (labels.index - length + kept).clamp_min(0)  # padding's may be negative
         scored = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device)).float()
         total = scored.logsumexp(-1)
         target, mask = labels.target.to(logits.device), labels.mask.to(logits.device)
         losses = (total - scored.gather(-1, target[..., None])[..., 0]).where(mask, 0)
-        found = (losses.sum(1) / mask.sum(1))[:, None]
+        nlls = (losses.sum(1) / mask.sum(1))[:, None]
         if records[0].task == "choice":
-            found = torch.cat([found, total[:, :1] - scored[:, 0, self._letters(records)]], 1)
-        return [row[: 1 + len(record.options)] for row, record in zip(found.tolist(), records, strict=True)]
+            nlls = torch.cat([nlls, total[:, :1] - scored[:, 0, self._letters(records)]], 1)
+        return [row[: 1 + len(record.options)] for row, record in zip(nlls.tolist(), records, strict=True)]
 
     def _letters(self, records: list[Record]) -> torch.Tensor:
         """The first token of each letter that an option has; without a picture, which is slow to encode."""
@@ -374,7 +427,7 @@ def _weights(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # offloaded: the probe sees it
+        if not tensor.is_meta:  # offloaded weights have no bytes here; the probe's NLL depends on them
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

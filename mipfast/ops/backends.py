@@ -13,17 +13,17 @@ import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mipfast.errors import BackendError
 
 logger = logging.getLogger("mipfast")
 
-
 NAMES = ("reference", "triton", "cpp", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 _requested: ContextVar[str | None] = ContextVar("mipfast_backend", default=None)
 
@@ -41,6 +41,28 @@ def load_extension():
     except ImportError as error:
         logger.warning("mipfast._C is missing (%s): CPU tensors take the reference backend", error)
         return None
+
+
+def call_extension(function: str, **arguments: Any) -> Any:
+    """Call a function of `mipfast._C`, which knows nothing of torch: a tensor is passed as its address, None as a null
+    pointer, a torch.dtype as the extension's own. Shapes and layouts are the caller's affair (csrc/<op>.h says which).
+    """
+    passed = arguments.copy()  # `arguments` keeps alive, until the call returns, what only it holds
+    for name, value in arguments.items():
+        if type(value) is int:  # most are, and each of the tests below takes its tenth of a microsecond
+            continue
+        if isinstance(value, Tensor):
+            passed[name] = value.data_ptr()
+        elif value is None:
+            passed[name] = 0
+        elif isinstance(value, torch.dtype):
+            passed[name] = _extension_dtype(value)
+    return getattr(load_extension(), function)(**passed)
+
+
+@functools.cache
+def _extension_dtype(dtype: torch.dtype) -> Any:
+    return getattr(load_extension().Dtype, str(dtype).removeprefix("torch."))
 
 
 @functools.cache
@@ -78,13 +100,28 @@ def status() -> list[tuple[str, bool, str]]:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops called within by one backend: "reference", "triton", "cpp" or "cuda".
+    """Run the ops called within by one backend.
 
-    triton has a kernel for every op; an op that another backend has none for runs in plain torch.
-    Holds for the current thread (context); autograd's own threads for CUDA tensors keep the default.
+    By default CUDA tensors take triton, CPU tensors cpp, and whatever these cannot take the reference. triton has a
+    kernel for every op; an op that another backend has none for runs in plain torch. Holds for the current thread
+    (context); autograd's own threads for CUDA tensors keep the default.
 
-    Raises BackendError for an unknown name or a backend that is not usable here; the op itself raises it for
-    tensors the backend cannot take.
+    Args:
+        name: "reference", "triton", "cpp" or "cuda".
+
+    Returns:
+        A context manager.
+
+    Raises:
+        BackendError: on entering, for an unknown name or a backend that is not usable here; by an op within, for
+            tensors the backend cannot take.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import ops
+        >>> with ops.backend("reference"):
+        ...     ops.riemann_interpolate(torch.ones(1, 2), torch.tensor([0.5]))
+        tensor([[[0.5000, 0.5000]]])
     """
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(NAMES)}")
@@ -98,7 +135,7 @@ def backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def _refusal(name: str, tensor: torch.Tensor) -> str | None:
+def _refusal(name: str, tensor: Tensor) -> str | None:
     """Why a usable backend cannot take this tensor, or None."""
     if name == "reference":
         return None
@@ -111,7 +148,7 @@ def _refusal(name: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def choose(tensor: torch.Tensor) -> str:
+def choose(tensor: Tensor) -> str:
     """The backend for an op whose largest input is `tensor`: the one asked for, else the device's kernel,
     else reference. Raises BackendError where the one asked for cannot take the tensor."""
     name = _requested.get()

@@ -12,16 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mipfast.ops.backends import choose, load_extension
+from mipfast.ops.backends import call_extension, choose, load_extension
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x [..., K], weight [N, K] of any strides, bias [N] -> [..., N]. Differentiable in x alone, in reverse
-    and in forward mode.
+    """torch.nn.functional.linear for weights that nobody trains.
 
     On a CPU with AVX-512 that is not Intel's, float32 products are csrc/linear.cpp's, which reads weights where they
     lie: torch gives them to MKL, which takes AVX2 there and first copies the weight into another order
-    (docs/kernels.md). There no row's result depends on the others, nor on the number of threads."""
+    (docs/kernels.md). There no row's result depends on the others, nor on the number of threads.
+
+    Args:
+        x: [..., K].
+        weight: [N, K] of any strides.
+        bias: [N], or None.
+
+    Returns:
+        [..., N]. Differentiable in x alone, in reverse and in forward mode.
+
+    Raises:
+        RuntimeError: torch's own, for what does not fit together.
+
+    Example:
+        >>> import torch
+        >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[3., 7.]])
+    """
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None:  # one product, not two of half the rows
         both = linear(torch.stack([primal, tangent]), weight)
@@ -67,30 +83,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = flat.contiguous()
     out = torch.empty(*x.shape[:-1], outer, dtype=x.dtype, device=x.device)
     if transposed:
-        load_extension().linear_input_gradient(
-            d_out=flat.data_ptr(),
-            d_out_stride=flat.stride(0),
-            weight=weight.data_ptr(),
-            weight_stride=weight.stride(1),
-            d_x=out.data_ptr(),
-            rows=rows,
-            inner=outer,
-            outer=inner,
-        )
+        call_extension(
+            "linear_input_gradient",
+            d_out=flat, d_out_stride=flat.stride(0), weight=weight, weight_stride=weight.stride(1), d_x=out,
+            rows=rows, inner=outer, outer=inner,
+        )  # fmt: skip
         return out if bias is None else out.add_(bias)
-    if bias is not None:
-        bias = bias.contiguous()
-    load_extension().linear(
-        x=flat.data_ptr(),
-        x_stride=flat.stride(0),
-        weight=weight.data_ptr(),
-        weight_stride=weight.stride(0),
-        bias=0 if bias is None else bias.data_ptr(),
-        out=out.data_ptr(),
-        rows=rows,
-        inner=inner,
-        outer=outer,
-    )
+    call_extension(
+        "linear",
+        x=flat, x_stride=flat.stride(0), weight=weight, weight_stride=weight.stride(0),
+        bias=None if bias is None else bias.contiguous(), out=out, rows=rows, inner=inner, outer=outer,
+    )  # fmt: skip
     return out
 
 

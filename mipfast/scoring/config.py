@@ -5,114 +5,119 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mipfast.errors import InputError
+import torch
+
+from mipfast.errors import InputError, check_fields
 from mipfast.model.positions import TEXT_POSITIONS, VISION_POSITIONS, Positions, check_name
 from mipfast.scoring.quadrature import quadrature
 
-# What a modality means where the config leaves it open: score, positions, method, n_steps.
+# What a modality means where the config leaves it open.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"score": "igi", "positions": "last_prompt", "method": "gausslegendre", "n_steps": 4},
     "vision": {"score": "ifi", "positions": "all", "method": "gaussradau", "n_steps": 2},
 }
 ONE_PASS: dict[str, Any] = {"method": "gaussradau", "n_steps": 1}  # its one node is the clean run of every layer
-OBJECTIVES = ("logprob", "prob", "log_odds", "loss")
-RELEASED_MAY_CHANGE = (
-    "n_steps",
-    "top_k",
-    "stack",
-    "memory_budget",
-    "residuals",
-    "progress",
-)  # may differ from the `released` preset
+# The settings of the released code, and what may differ from them.
+RELEASED: dict[str, Any] = {
+    "positions": "first",
+    "n_steps": 4,
+    "method": "riemann_left",
+    "combine": "released",
+    "objective": "loss",
+}
+RELEASED_MAY_CHANGE = ("n_steps", "top_k", "stack", "memory_budget", "residuals", "progress")
 
 
 @dataclass(frozen=True)
 class LocateConfig:
-    """How neurons are scored.
+    """How neurons are scored: the fields of `locate`.
 
-    modality: which tower. score: igi (integrated gradient) or ifi (integrated squared gradient); None, like positions,
-    n_steps and method, takes the modality's default: text igi, last_prompt, 4 nodes of gausslegendre; vision ifi, all
-    patches, 2 nodes of gaussradau. top_k: neurons the path keeps per layer. search: greedy (the path's earlier neurons
-    are scaled too), pointwise (no path), or one-pass, which is approximate: the gradient at the clean run alone, of all
-    layers at once (docs/search.md says how far off). combine: sum (integrated gradient), product (NeuronPath's joint
-    score), released (see LocateConfig.released). objective: logprob, prob, log_odds (larger supports the answer) or
-    loss. stack: name of the vision tower where a model has several. memory_budget: bytes of activations one replay may
-    keep, or "auto": most of what is free. Fewer steps, then fewer samples go into one replay, and where it still runs
-    out of memory the search goes on with half; the scores are the same. residuals: for which batches of a call the
-    completeness residual is measured, which costs a forward pass per layer: the first, all or none. progress: a bar
-    over batches.
+    Raises:
+        InputError: for a value that no call could use; the text names the field, what was found and what is expected.
+
+    Example:
+        >>> from mipfast import LocateConfig
+        >>> LocateConfig(modality="vision").resolved().method
+        'gaussradau'
+        >>> LocateConfig(search="beam")
+        Traceback (most recent call last):
+        mipfast.errors.InputError: search='beam'; expected greedy, pointwise or one-pass
     """
 
     modality: Literal["text", "vision"] = "text"
+    """Tower to score: text or vision."""
     score: Literal["igi", "ifi"] | None = None
+    """Integrated gradient (igi) or integrated squared gradient (ifi); None is igi for text, ifi for vision."""
     positions: Positions | None = None
+    """Rows that are scaled: last_prompt, answer, first, prompt, all, or indices; of pictures all, first, or indices.
+    None is last_prompt for text, all for vision."""
     n_steps: int | None = None
+    """Nodes of the quadrature; None is 4 for text, 2 for vision."""
     method: str | None = None
+    """Quadrature: gausslegendre, gaussradau, riemann_left, riemann_right, riemann_middle or riemann_trapezoid.
+    None is gausslegendre for text, gaussradau for vision."""
     top_k: int = 5
+    """Neurons that the path keeps per layer."""
     search: Literal["greedy", "pointwise", "one-pass"] = "greedy"
+    """greedy scales the path's neurons of earlier layers too; pointwise has no path.
+    one-pass is approximate: the gradient at the clean run alone, of all layers at once (docs/search.md: how far)."""
     combine: Literal["sum", "product", "released"] = "sum"
+    """sum is the integrated gradient, product NeuronPath's joint score; released see LocateConfig.released."""
     objective: Literal["logprob", "prob", "log_odds", "loss"] = "logprob"
+    """What is differentiated; larger supports the answer, except for loss."""
     stack: str | None = None
+    """Name of the vision tower, where a model has several."""
     memory_budget: int | Literal["auto"] = "auto"
+    """Bytes of activations that one replay may keep; auto is most of what is free.
+    Fewer steps, then fewer samples go into one replay, half where it still runs out; the scores are the same."""
     residuals: Literal["first", "all", "none"] = "first"
+    """Batches of a call whose completeness residual is measured, which costs a forward pass per layer."""
     progress: bool = False
+    """Show a bar over batches."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.memory_budget != "auto" and self.memory_budget < 1:
+            raise InputError(f"memory_budget={self.memory_budget}; expected 'auto' or a number of bytes")
+        config = vars(self) | self._open()
+        if self.search == "one-pass":
+            single = {"combine": "sum", **ONE_PASS}
+            if other := [f"{name}={config[name]!r}" for name, value in single.items() if config[name] != value]:
+                raise InputError(
+                    f"search='one-pass' with {', '.join(other)}; it has the one node alpha = 1, and combine='sum': "
+                    "leave these fields open, or use search='pointwise'"
+                )
+        quadrature(config["method"], config["n_steps"])
+        check_name(config["positions"], TEXT_POSITIONS if self.modality == "text" else VISION_POSITIONS)
+        if self.combine == "product" and config["score"] == "ifi":
+            raise InputError("combine='product' multiplies gradients and activations, score='ifi' has none: use 'igi'")
+        if self.combine == "released":
+            defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+            preset = defaults | DEFAULTS[self.modality] | RELEASED | {"modality": self.modality}
+            # by repr: positions may be a tensor
+            pairs = [(k, repr(config[k]), repr(v)) for k, v in preset.items() if k not in RELEASED_MAY_CHANGE]
+            if mixed := [f"{name}={found}" for name, found, wanted in pairs if found != wanted]:
+                raise InputError(
+                    f"{', '.join(mixed)} cannot be mixed into the released code's settings; start from "
+                    f"LocateConfig.released({self.modality!r}) and change only {', '.join(RELEASED_MAY_CHANGE)}"
+                )
 
     @classmethod
     def released(cls, modality: Literal["text", "vision"]) -> LocateConfig:
         """The settings that reproduce the released code's numbers (docs/released.md); only those in
         RELEASED_MAY_CHANGE may be changed."""
-        return cls(
-            modality=modality,
-            score="igi" if modality == "text" else "ifi",
-            positions="first",
-            n_steps=4,
-            method="riemann_left",
-            combine="released",
-            objective="loss",
-        )
+        return cls(modality=modality, score="igi" if modality == "text" else "ifi", **RELEASED)
 
     def resolved(self) -> LocateConfig:
-        """The same with the modality's defaults filled in. Raises InputError for a value that is not one of the
-        above."""
-        choices = {
-            "modality": tuple(DEFAULTS),
-            "score": (None, "igi", "ifi"),
-            "search": ("greedy", "pointwise", "one-pass"),
-            "combine": ("sum", "product", "released"),
-            "objective": OBJECTIVES,
-            "residuals": ("first", "all", "none"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
-        if self.memory_budget != "auto" and not (isinstance(self.memory_budget, int) and self.memory_budget > 0):
-            raise InputError(f"memory_budget={self.memory_budget!r}; expected 'auto' or a number of bytes")
+        """The same with the modality's defaults in the fields that were left open."""
+        return replace(self, **self._open())
+
+    def rule(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(nodes, weights) of the quadrature, see `quadrature`."""
+        config = vars(self) | self._open()
+        return quadrature(config["method"], config["n_steps"])
+
+    def _open(self) -> dict[str, Any]:
+        """What the fields that were left open mean."""
         defaults = DEFAULTS[self.modality] | (ONE_PASS if self.search == "one-pass" else {})
-        config = replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
-        if config.search == "one-pass":
-            single = {"combine": "sum", **ONE_PASS}
-            other = [f"{k}={getattr(config, k)!r}" for k, v in single.items() if getattr(config, k) != v]
-            if other:
-                raise InputError(
-                    f"search='one-pass' with {', '.join(other)}; it has the one node alpha = 1, and combine='sum': "
-                    "leave these fields open, or use search='pointwise'"
-                )
-        assert config.method is not None and config.n_steps is not None  # the defaults filled them
-        quadrature(config.method, config.n_steps)
-        named = TEXT_POSITIONS if config.modality == "text" else VISION_POSITIONS
-        check_name(config.positions, named)
-        if config.combine == "product" and config.score == "ifi":
-            raise InputError("combine='product' multiplies gradients and activations, score='ifi' has none: use 'igi'")
-        if config.combine == "released":
-            preset = LocateConfig.released(config.modality)
-            # by repr: positions may be a tensor
-            pairs = [
-                (k, repr(v), repr(getattr(config, k))) for k, v in vars(preset).items() if k not in RELEASED_MAY_CHANGE
-            ]
-            mixed = [f"{name}={found}" for name, wanted, found in pairs if found != wanted]
-            if mixed:
-                raise InputError(
-                    f"{', '.join(mixed)} cannot be mixed into the released code's settings; start from "
-                    f"LocateConfig.released({config.modality!r}) and change only {', '.join(RELEASED_MAY_CHANGE)}"
-                )
-        return config
+        return {name: value for name, value in defaults.items() if getattr(self, name) is None}

@@ -18,7 +18,6 @@ from mipfast.model.batch import merge_size
 from mipfast.model.families import auto_class
 from mipfast.model.sites import Stack, find_sites
 from mipfast.scoring.config import LocateConfig
-from mipfast.scoring.quadrature import quadrature
 
 
 @dataclass(frozen=True)
@@ -335,8 +334,7 @@ def _vision(work: _Work, config: LocateConfig) -> int:
 
 def _rows(config: LocateConfig) -> tuple[int, int]:
     """(nodes that cost a copy per layer, nodes at alpha = 1, which one clean pass serves for all layers)."""
-    assert config.method is not None and config.n_steps is not None  # resolved() filled them
-    nodes, _ = quadrature(config.method, config.n_steps)
+    nodes, _ = config.rule()
     clean = int((nodes == 1).sum()) if config.combine == "sum" else 0
     return len(nodes) - clean, clean
 

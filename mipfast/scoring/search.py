@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mipfast.errors import InputError
+from mipfast.errors import InputError, configured
 from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import Batch, Labels
@@ -29,7 +29,6 @@ from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
 from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
 from mipfast.scoring.plan import plan
-from mipfast.scoring.quadrature import quadrature
 
 log = logging.getLogger("mipfast")
 
@@ -84,12 +83,8 @@ def locate(
         >>> found.path[0, 0, 0] == found.scores[0, 0].argmax()
         tensor(True)
     """
-    try:
-        config = replace(config or LocateConfig(), **overrides).resolved()
-    except TypeError as error:
-        raise InputError(f"{error}; LocateConfig has {', '.join(LocateConfig.__dataclass_fields__)}") from error
-    assert config.method is not None and config.n_steps is not None  # resolved() filled them
-    nodes, weights = quadrature(config.method, config.n_steps)
+    config = configured(LocateConfig, config, overrides).resolved()
+    nodes, weights = config.rule()
     sites = find_sites(model)
     stack = _choose_stack(sites, config)
     if not 1 <= config.top_k <= stack.num_neurons:
