@@ -232,7 +232,7 @@ def _joint(
             route,
             nodes.split(steps),
             weights.split(steps),
-            partial(objective_value, labels=route.labels, objective=config.objective),
+            lambda logits: objective_value(logits, route.labels, config.objective),
             config.top_k,
             greedy=config.search == "greedy",
             released=released,
@@ -247,7 +247,10 @@ def _search(
     n, device = captured.num_samples, captured.rows.sample.device
     groups = captured.rows.groups(n)
     counts = torch.bincount(captured.rows.sample, minlength=n)  # rows are sorted by sample
-    value_of = partial(objective_value, labels=captured.labels, objective=config.objective)
+
+    def value_of(logits: torch.Tensor) -> torch.Tensor:
+        return objective_value(logits, captured.labels, config.objective)
+
     independent = config.search != "greedy"
     node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
     full = value_of(captured.logits)
