@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mipfast.edit.prune import Slice
 from mipfast.errors import DivergedError, InputError
+from mipfast.model import families
 from mipfast.model.batch import Batch, check_many
 from mipfast.model.patching import frozen_eval
 
@@ -64,7 +65,7 @@ class SliceLeaf:
 
     def __init__(self, name: str, part: Slice, projection: nn.Module):
         self.name, self.part = name, part
-        if not isinstance(projection, nn.Linear) and type(projection).__name__ != "Conv1D":
+        if not isinstance(projection, nn.Linear) and type(projection).__name__ not in families.TRANSPOSED:
             raise InputError(f"{name}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
         if not part.parameter.is_floating_point():
             raise InputError(f"{name}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first")

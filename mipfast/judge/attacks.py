@@ -11,6 +11,7 @@ from torch import nn
 
 from mipfast.errors import DivergedError, InputError, ModelError
 from mipfast.judge import metrics
+from mipfast.model import families
 from mipfast.model.batch import Batch, check_many, find_labels
 from mipfast.model.likelihood import token_nll
 from mipfast.model.patching import frozen_eval, unwrapped
@@ -158,7 +159,7 @@ def quantised(model: Any, bits: int = 4) -> Iterator[None]:
     before: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
     try:
         for name, module in model.named_modules():
-            transposed = type(module).__name__ == "Conv1D"  # transformers': weights are [in, out]
+            transposed = type(module).__name__ in families.TRANSPOSED
             if not (transposed or isinstance(module, nn.Linear)) or id(weight := module.weight) in kept | before.keys():
                 continue
             if not weight.is_floating_point():
@@ -206,8 +207,7 @@ def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) ->
     ids = batch["input_ids"]
     added = _token_ids(tokens).to(ids)
     fill = {"input_ids": added} | {
-        name: torch.full_like(added, value)
-        for name, value in {"attention_mask": 1, "labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}.items()
+        name: torch.full_like(added, value) for name, value in families.VALUE_OF_ADDED_TOKEN.items()
     }
     odd = [
         f"{name} {list(value.shape)}"

@@ -1,14 +1,67 @@
-"""A model held still: evaluation mode, gradients for chosen parameters only; a module's forward replaced for a while;
-and the model inside PEFT's wrapper."""
+"""A model held still: evaluation mode, gradients for chosen parameters only, configs of its own; a forward or an
+attention replaced for a while; and the model inside PEFT's wrapper."""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """For one thread at a time: whoever patches a model changes it under the feet of every other thread."""
+    return _locks.setdefault(unwrapped(model), threading.RLock())
+
+
+@contextmanager
+def own_configs(model: nn.Module) -> Iterator[None]:
+    """Every module's config a copy: two models may be built from one, and what is switched in it is meant for one."""
+    configs = [(m, m.config) for m in model.modules() if hasattr(vars(m).get("config"), "_attn_implementation")]
+    copies: dict[int, Any] = {}  # shared, so that a config inside another stays the same object as the module's
+    try:
+        for module, config in configs:
+            module.config = deepcopy(config, copies)
+        yield
+    finally:
+        for module, config in configs:
+            module.config = config
+
+
+@contextmanager
+def replaced_attention(
+    configs: Iterable[Any], name: str, attend: Callable, mask: Callable | None = None
+) -> Iterator[None]:
+    """The attention of modules of these configs by `attend`, with a mask by `mask` (None: transformers builds none).
+    transformers finds both by name, in registries of the whole process: the name is new every time, so that neither
+    another thread nor a call inside this one is in the way."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = [(config, config._attn_implementation) for config in configs]
+    name = f"{name}_{next(_counter)}"
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    if mask is not None:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[name]
+        if mask is not None:
+            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]  # where register puts it
 
 
 @contextmanager
