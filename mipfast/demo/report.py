@@ -43,7 +43,7 @@ COLUMNS = [(group, modality) for group in GROUPS for modality in MODALITIES]
 
 def accuracy_table(results: dict[str, Any]) -> Grid:
     """A line per row under a line per stage: accuracy in percent (mean ± sample sd over seeds)."""
-    heads = ["method", "neurons", *map(" ".join, COLUMNS)]
+    heads = ["method", "neurons", *map("\n".join, COLUMNS)]
     rows = []
     for stage, members in stages(results):
         rows += [[f"{stage}:", *[""] * (len(heads) - 1)], *(_cells(row, len(results["seeds"])) for row in members)]
