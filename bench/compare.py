@@ -40,6 +40,19 @@ def read(path):
     return facts, medians, shown
 
 
+def slim(run):
+    """Keep of a pytest-benchmark run, in place, what `read` reads: raw rounds and CPU flags are most of the file."""
+    info = run["machine_info"]
+    cpu = {name: info["cpu"].get(name) for name in ("brand_raw", "count")}
+    run["machine_info"] = {"mipfast": info["mipfast"], "cpu": cpu}
+    run["benchmarks"] = [
+        {name: row[name] for name in ("group", "fullname", "extra_info")}
+        | {"params": {name: value for name, value in (row["params"] or {}).items() if name == "provider"}}
+        | {"stats": {name: row["stats"][name] for name in ("median", "iqr", "rounds")}}
+        for row in run["benchmarks"]
+    ]
+
+
 def check_machine(old, new):
     """Raises Unusable where the two runs' machines differ."""
     differing = [f"{key} {old.get(key)!r} and {new.get(key)!r}" for key in MACHINE if old.get(key) != new.get(key)]

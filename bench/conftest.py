@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ceilings  # noqa: E402
 import shapes  # noqa: E402
 from accuracy import assert_accurate  # noqa: E402
-from compare import table  # noqa: E402
+from compare import slim, table  # noqa: E402
 
 from mipfast import ops  # noqa: E402
 from mipfast.ops import reference  # noqa: E402
@@ -158,6 +158,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "limits": config.limits,
         "threads": torch.get_num_threads(),
     }
+
+
+def pytest_benchmark_update_json(output_json):
+    slim(output_json)
 
 
 @pytest.fixture(scope="session")

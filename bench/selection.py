@@ -5,12 +5,13 @@
     python bench/selection.py edit --width 1024 --out NEW    RMisU with `down` and `path`, relearning, 20 to 35 minutes
     python bench/selection_report.py --out NEW               tables, tests, picture
 
-Every result is a line of OUT/PART-WIDTH.jsonl; what is there already is not run again, and the default OUT,
-bench/results/selection, has all of it.
+Every result is a line of OUT/PART-WIDTH.jsonl; what is there already, or packed in a .jsonl.gz beside it, is not run
+again. The default OUT, bench/results/selection, has all of it, packed by gzip -n9.
 """
 
 import argparse
 import functools
+import gzip
 import json
 import random
 import sys
@@ -138,11 +139,12 @@ def replace_scores(attribution: Attribution, scores: torch.Tensor) -> Attributio
 
 
 class Lines:
-    """A JSONL file of results by key."""
+    """A JSONL file of results by key, and what was packed of it."""
 
     def __init__(self, path: Path):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        self.path, packed = path, path.with_suffix(".jsonl.gz")
+        lines = gzip.decompress(packed.read_bytes()).decode().splitlines() if packed.exists() else []
+        lines += path.read_text().splitlines() if path.exists() else []
         self.found = {json.dumps(one["key"]): one for one in map(json.loads, lines)}
 
     def __getitem__(self, key: list) -> dict[str, Any]:

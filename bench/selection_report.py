@@ -121,7 +121,7 @@ def main() -> None:
             claimed = f"{p:.2g}" if names is TESTED else "–"
             rows.append([what, str(width), other, *compared(*pair), claimed])
     text += table(["what", "width", "against", "difference", "sets won", "p, Holm"], rows)
-    if all((folder / f"explore-{part}-{WIDTHS[0]}.jsonl").exists() for part in ("text", "vision", "edit")):
+    if all(Lines(folder / f"explore-{part}-{WIDTHS[0]}.jsonl").found for part in ("text", "vision", "edit")):
         text += ["", *explored(folder, WIDTHS[0], pruned[WIDTHS[0]])]
     (folder / "tables.md").write_text("\n".join(text) + "\n")
     picture(folder, pruned)

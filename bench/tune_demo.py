@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from mipfast.demo import run
-from mipfast.demo.findings import gap
 from mipfast.demo.trial import ROWS, Setting, Trial
 from mipfast.files import write_atomic
 
@@ -70,10 +69,19 @@ def found(out: Path) -> dict[tuple, dict]:
 def means(tried: dict[tuple, dict], seeds: list[int]) -> dict[str, dict[Setting, float]]:
     """{row: {setting: score}} of the rows that are complete."""
     return {
-        row: {setting: statistics.mean(tried[seed, row, setting]["score"] for seed in seeds) for setting in grid}
+        row: {
+            setting: statistics.mean(run.gap(tried[seed, row, setting]["accuracy"]) for seed in seeds)
+            for setting in grid
+        }
         for row, grid in GRID.items()
         if all((seed, row, setting) in tried for seed in seeds for setting in grid)
     }
+
+
+def shown(seeds: list[int], best: dict[str, dict], tried: dict[tuple, dict]) -> str:
+    """JSON, with a line for each try."""
+    lines = ",\n".join(json.dumps(one) for one in tried.values())
+    return f'{{"seeds": {json.dumps(seeds)},\n"chosen": {json.dumps(best)},\n"tried": [\n{lines}\n]}}\n'
 
 
 def main() -> None:
@@ -95,8 +103,7 @@ def main() -> None:
         return trials[seed]
 
     def keep(seed: int, row: str, setting: Setting | None, accuracy: dict) -> None:
-        one = {"seed": seed, "row": row, "setting": setting and asdict(setting), "accuracy": accuracy}
-        line = json.dumps(one | ({"score": gap(accuracy)} if setting else {}))
+        line = json.dumps({"seed": seed, "row": row, "setting": setting and asdict(setting), "accuracy": accuracy})
         with args.out.with_suffix(".jsonl").open("a") as lines:
             lines.write(line + "\n")
         print(line, flush=True)
@@ -115,8 +122,7 @@ def main() -> None:
     for row, scores in means(tried, args.seeds).items():
         best[row] = asdict(max(scores, key=scores.__getitem__))
         print(row, {str(setting): round(value, 1) for setting, value in scores.items()})
-    results = {"seeds": args.seeds, "chosen": best, "tried": list(tried.values())}
-    write_atomic(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))
+    write_atomic(args.out, lambda path: path.write_text(shown(args.seeds, best, tried)))
 
 
 if __name__ == "__main__":

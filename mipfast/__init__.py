@@ -4,14 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mipfast._version import __version__
-from mipfast.errors import (
-    ArtefactError,
-    BackendError,
-    DivergedError,
-    InputError,
-    MipfastError,
-    ModelError,
-)
+from mipfast.errors import ArtefactError, BackendError, DivergedError, InputError, MipfastError, ModelError
 
 if TYPE_CHECKING:
     from mipfast import attacks, baselines, ops
@@ -31,55 +24,30 @@ if TYPE_CHECKING:
     from mipfast.scoring.search import locate
 
 # Loaded when first asked for, so that `import mipfast` costs nothing but torch-free modules.
-_HOMES = {
-    "Attribution": "scoring.attribution",
-    "LocateConfig": "scoring.config",
-    "MIPConfig": "edit.config",
-    "NeuronPath": "edit.neuron_path",
-    "RMisUConfig": "edit.config",
-    "RMisUTrainer": "integrations.trainer",
-    "estimate": "scoring.cost",
-    "evaluate": "judge.accuracy",
-    "find_sites": "model.sites",
-    "hidden_states": "edit.hidden",
-    "learned_direction": "edit.steering",
-    "locate": "scoring.search",
-    "misdirect": "edit.misdirect",
-    "prune": "edit.prune",
-    "rmisu_loss": "edit.misdirect",
-    "steering_target": "edit.steering",
-    "unlearn": "edit.unlearn",
+_ROOMS = {
+    "edit.config": ("MIPConfig", "RMisUConfig"),
+    "edit.hidden": ("hidden_states",),
+    "edit.misdirect": ("misdirect", "rmisu_loss"),
+    "edit.neuron_path": ("NeuronPath",),
+    "edit.prune": ("prune",),
+    "edit.steering": ("learned_direction", "steering_target"),
+    "edit.unlearn": ("unlearn",),
+    "integrations.trainer": ("RMisUTrainer",),
+    "judge.accuracy": ("evaluate",),
+    "model.sites": ("find_sites",),
+    "scoring.attribution": ("Attribution",),
+    "scoring.config": ("LocateConfig",),
+    "scoring.cost": ("estimate",),
+    "scoring.search": ("locate",),
 }
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 _MODULES = ("attacks", "baselines", "cost", "data", "evaluation", "metrics", "ops", "samples", "streaming")
 __all__ = [
-    "ArtefactError",
-    "Attribution",
-    "BackendError",
-    "DivergedError",
-    "InputError",
-    "LocateConfig",
-    "MIPConfig",
-    "MipfastError",
-    "ModelError",
-    "NeuronPath",
-    "RMisUConfig",
-    "RMisUTrainer",
-    "__version__",
-    "attacks",
-    "baselines",
-    "estimate",
-    "evaluate",
-    "find_sites",
-    "hidden_states",
-    "learned_direction",
-    "locate",
-    "misdirect",
-    "ops",
-    "prune",
-    "rmisu_loss",
-    "steering_target",
-    "unlearn",
-]
+    "ArtefactError", "Attribution", "BackendError", "DivergedError", "InputError", "LocateConfig", "MIPConfig",
+    "MipfastError", "ModelError", "NeuronPath", "RMisUConfig", "RMisUTrainer", "__version__", "attacks", "baselines",
+    "estimate", "evaluate", "find_sites", "hidden_states", "learned_direction", "locate", "misdirect", "ops", "prune",
+    "rmisu_loss", "steering_target", "unlearn",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

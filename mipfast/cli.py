@@ -68,67 +68,49 @@ DATA = fields_of("experiment.config.Data", source=Annotated[str, arg(name="data"
 
 
 def demo(
-    seeds: int | None = None,
+    seeds: int = 1,
     forget: float = 0.10,
-    out: Path | None = None,
+    out: Path = Path("demo-report"),
     retrain: bool = False,
     first_seed: int = 0,
-    full: bool = False,
 ) -> None:
     """Make a tiny Qwen2.5-VL forget invented people, beside every control.
 
     Evaluates before, locates neurons (IGI in the text tower, IFI in the vision tower), prunes them, runs RMisU, and
     evaluates what is forgotten and what is kept in text and in pictures: located neurons beside random ones, text only,
-    vision only, plain RMU, and a model that never saw the people. Runs on a CPU; one seed takes about two minutes.
+    vision only, plain RMU, and with --retrain a model that never saw the people. Runs on a CPU; one seed takes about
+    two minutes.
 
-    With --full also the baselines, what attacks bring back, and how direction, shared modalities and settings matter:
-    OUT/README.md has every table and picture, OUT/cells what is finished. Changed settings make only their own cells
-    again; after a change of code remove them.
+    Baselines, attacks and ablations on the same model: docs/evidence in the source tree, made there by python
+    bench/evidence.
 
     Args:
-        seeds: How many forget sets to run; several give mean ± sd. None is 1, with --full 3.
+        seeds: How many forget sets to run; several give mean ± sd.
         forget: Share of the people to forget: 0.05, 0.10 or 0.15.
-        out: Folder for the report, the pictures and the edited model; None is demo-report, with --full demo-full.
-        retrain: Train the base model from nothing first (minutes).
-        first_seed: The first forget set; 0-2 have a retrained reference.
-        full: All methods, attacks and ablations, half an hour. Killed at any moment, the same command goes on.
+        out: Folder for the report, the pictures and the edited model.
+        retrain: First train, from nothing, the base and for each forget set the reference that never saw its people:
+            minutes a model.
+        first_seed: The first forget set.
     """
     import torch
 
     for module, extra in (("PIL", "data"), ("matplotlib", "eval")):
         if find_spec(module) is None:
             raise MipfastError(f"the demo needs {module}; run: pip install 'mipfast[{extra}]'")
-    from mipfast.demo.evidence import write
-    from mipfast.demo.full import SEEDS, run_full
     from mipfast.demo.report import accuracy_table, write_report
     from mipfast.demo.run import run
+    from mipfast.experiment import page
 
     if forget not in (0.05, 0.10, 0.15):
         raise InputError(f"--forget {forget}; expected 0.05, 0.10 or 0.15")
-    if first_seed < 0 or (seeds is not None and seeds < 1):
+    if first_seed < 0 or seeds < 1:
         raise InputError(f"--first-seed {first_seed}, --seeds {seeds}; expected at least 0, and at least 1")
-    if full and retrain:
-        raise InputError("--retrain; expected none: --full judges the shipped model beside its retrained references")
-    if full and forget != 0.10:
-        raise InputError(
-            f"--forget {forget}; expected none: --full forgets 0.10, what the retrained references never saw, and "
-            "sweeps 0.05 and 0.15 itself"
-        )
     torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
     _quiet_transformers()
-    chosen = range(first_seed, first_seed + (seeds or (len(SEEDS) if full else 1)))
-    out, progress = out or Path("demo-full" if full else "demo-report"), sys.stderr.isatty()
-    if full:
-        results = run_full(chosen, out, progress)
-        write(results, out)
-    else:
-        results = run(list(chosen), forget, out, retrain, progress)
-        write_report(results, out)
-    console.print(accuracy_table(results))
-    for limit in results["limits"]:
-        console.print(f"- {escape(limit)}")
-    what = "Tables and pictures" if full else "Report, pictures and edited model"
-    console.print(f"{results['seconds']['all']:.0f} s. {what}: [bold]{out}[/bold]")
+    results = run(list(range(first_seed, first_seed + seeds)), forget, out, retrain, sys.stderr.isatty())
+    write_report(results, out)
+    console.print(page.terminal([accuracy_table(results), page.Bullets(results["limits"])]))
+    console.print(f"{results['seconds']['all']:.0f} s. Report, pictures and edited model: [bold]{out}[/bold]")
 
 
 def report(folders: Positional[list[Path]], out: Path = Path("report")) -> None:

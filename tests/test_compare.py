@@ -59,6 +59,27 @@ def test_other_machines_are_refused(run, capsys, fact):
     assert f"different machines: {fact} " in error and "and 99" in error
 
 
+def test_a_slim_run_reads_the_same(tmp_path):
+    row = dict(
+        group="op shape cpu",
+        name="test_op[cpp]",
+        fullname="bench/test_op.py::test_op[cpp]",
+        params=dict(provider="cpp", shape=["small", 4]),
+        extra_info=dict(times_eager=2.0, gb_per_s=10.0, share_of_copy=0.5, peak_mib=1.0),
+        options=dict(min_rounds=5),
+        stats=dict(median=1.0, iqr=0.1, rounds=3, data=[1.0, 0.9, 1.1]),
+    )
+    cpu = dict(brand_raw="X", count=2, flags=["avx2"])
+    made = dict(machine_info=dict(mipfast=dict(device="cpu"), cpu=cpu), benchmarks=[row, row | dict(params=None)])
+    made["benchmarks"][1]["extra_info"] = {}
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    before = compare.read(tmp_path / "run.json")
+    compare.slim(made)
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    assert compare.read(tmp_path / "run.json") == before
+    assert "flags" not in made["machine_info"]["cpu"] and "data" not in made["benchmarks"][0]["stats"]
+
+
 def test_files_that_are_no_run_are_named(run, tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert compare.main([run("old.json", {}), str(tmp_path / "other.json")]) == 2

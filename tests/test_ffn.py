@@ -124,3 +124,70 @@ def test_an_adapter_stays_in_place(calls):
             calls.clear()
             torch.testing.assert_close(model(**inputs).logits, expected)
     assert len(calls) == len(find_sites(model).text.blocks)
+
+
+def _gelu(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+
+
+def _slope(model):
+    """The state of an activation, changed in place."""
+    for layer in model.model.layers:
+        layer.mlp.act_fn.slope = 0.5
+
+
+def _projection(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.up_proj.__class__ = Doubled
+
+
+def _late_block(model):
+    """A block, not the first, does more with its FFN's output than add it."""
+    model.model.layers[2].register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+class Sloped(nn.Module):
+    slope = 1.0
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.slope * x)
+
+
+def _sloped():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Sloped()
+    return model
+
+
+def assert_changed(used, fresh, batch, before):
+    """What `used` scores now is what a model that was never asked before scores, and another thing than before."""
+    found, expected = locate(used, batch), locate(fresh, batch)
+    assert found.scores.equal(expected.scores) and found.path.equal(expected.path)
+    assert found.report["residuals"] == expected.report["residuals"]
+    assert (found.scores - before.scores).abs().max() > 0.02 * expected.scores.abs().max()
+
+
+@pytest.mark.parametrize("change", [_gelu, _slope, _projection, _late_block], ids=lambda change: change.__name__)
+def test_a_model_changed_between_two_calls_is_a_new_model(change):
+    used, fresh = _sloped(), _sloped()
+    batch = text_batch(used, [9, 7], [3, 2])
+    before = locate(used, batch)
+    change(used)
+    change(fresh)
+    assert_changed(used, fresh, batch, before)
+
+
+def test_a_class_patched_between_two_calls(monkeypatch):
+    used, fresh = tiny_llama(), tiny_llama()
+    batch = text_batch(used, [9, 7], [3, 2])
+    before = locate(used, batch)
+    kind = type(used.model.layers[0].mlp)
+    native = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: native(self, x) / 2)
+    assert_changed(used, fresh, batch, before)

@@ -26,6 +26,12 @@ FLOORS = [
 TOP = FLOORS[0] | FLOORS[-1]
 # other names for documented deep imports
 ALIASES = {"attacks", "baselines", "cost", "evaluation", "metrics", "samples", "streaming"}
+# who may import what is not everybody's
+ONLY = {
+    **dict.fromkeys(("mipfast_kernels", "mipfast._C", "triton"), ("ops",)),
+    "tyro": ("cli",),
+    "yaml": ("experiment", "integrations"),
+}
 # files that know less than their folder may: what they may not import
 KNOW_LESS = {
     "ops/reference.py": {"mipfast.ops", "mipfast.errors"},
@@ -75,9 +81,8 @@ def test_imports_run_one_way(file):
         assert not reaches(found, f"mipfast.{name}"), f"mipfast.{name} is for users; import what it stands for"
     for name in KNOW_LESS.get(str(file.relative_to(ROOT / "mipfast")), ()):
         assert not reaches(found, name), f"{file.stem} may not import {name}"
-    if module != "ops":
-        for name in ("mipfast_kernels", "mipfast._C", "triton"):
-            assert not reaches(found, name), f"only ops may import {name}"
+    for name, rooms in ONLY.items():
+        assert module in rooms or not reaches(found, name), f"only {' and '.join(rooms)} may import {name}"
 
 
 def test_the_top_holds_folders_and_little_else():
@@ -135,7 +140,7 @@ def run(code):
 
 
 def test_import_is_light():
-    heavy = "{'triton', 'transformers', 'datasets', 'matplotlib', 'PIL'}"
+    heavy = "{'triton', 'transformers', 'datasets', 'matplotlib', 'PIL', 'tyro', 'yaml'}"
     assert run(f"import sys, mipfast; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
@@ -143,7 +148,7 @@ def test_everything_works_without_triton_and_extension():
     code = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-sys.modules["triton"] = sys.modules["mipfast._C"] = None
+sys.modules.update(dict.fromkeys(("triton", "mipfast._C", "tyro")))
 import mipfast, torch
 from mipfast.ops import backends
 for _ in range(2):

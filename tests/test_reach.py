@@ -151,7 +151,7 @@ def test_the_weight_that_a_forward_pass_uses_is_looked_at_after_every_prune():
     model = tiny_llama()
     down(model).__class__ = Normalised
     before = bits(model)
-    with pytest.raises(ModelError, match="layer 1: with the columns of 3 neurons zeroed its Normalised does not"):
+    with pytest.raises(ModelError, match="layer 1: with its neurons' columns zeroed the Normalised does not"):
         prune(model, NEURONS)
     assert same(bits(model), before) and not active_prunes(model)
 
@@ -191,7 +191,7 @@ def test_a_prune_is_not_undone_on_weights_that_became_others(change):
     pruned = logits(model, BATCH)
     getattr(model, change)()
     torch.testing.assert_close(logits(model, BATCH), pruned)
-    with pytest.raises(InputError, match="merged, unmerged or unloaded, since this prune"):
+    with pytest.raises(InputError, match="merged or unmerged since this prune"):
         handle.undo()
     if change == "merge_and_unload":
         return handle.commit()
@@ -221,9 +221,9 @@ def test_indices_are_integers_of_any_width(mode, dtype):
         (1, [2.0], "torch.float32"),
         (1, [], "torch.float32"),
         (1, [True, False], "torch.bool"),
-        (1, [[1, 2]], r"shape \[1, 2\]"),
-        (1, 3, r"shape \[\]"),
-        (1, [2, 5, 2], "2 different ones"),
+        (1, [[1, 2]], r"int64 \[1, 2\]"),
+        (1, 3, r"int64 \[\]"),
+        (1, [2, 5, 2], "or twice"),
         (1, [-1], "do not exist"),
         (1, [48], "do not exist"),
         (4, [1], "do not exist"),

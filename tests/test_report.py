@@ -11,8 +11,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from mipfast.demo.report import accuracy_figure, accuracy_table, markdown, path_figure, residual_figure, write_report
+from mipfast.demo.report import accuracy_figure, accuracy_table, parts, path_figure, residual_figure, write_report
 from mipfast.errors import InputError, MipfastError
+from mipfast.experiment import page
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 VISION = "model.visual.blocks"
@@ -80,8 +81,12 @@ def results(request):
 
 def terminal(results, width=160):
     console = Console(width=width, file=io.StringIO())
-    console.print(accuracy_table(results))
+    console.print(page.terminal([accuracy_table(results)]))
     return console.file.getvalue()
+
+
+def markdown(results):
+    return page.markdown(parts(results))
 
 
 def line_of(text, name):
@@ -93,11 +98,11 @@ def test_every_row_and_stage_is_in_table_and_page(results):
         assert "nan" not in text.lower() and "None" not in text
         for row in results["rows"]:
             assert row["name"] in text and row["stage"] in text
-    page = markdown(results)
+    shown = markdown(results)
     for row in results["rows"]:
-        assert f"- **{row['name']}** ({row['stage']}): {row['note']}" in page
+        assert f"- {row['name']} ({row['stage']}): {row['note']}" in shown
     for said in (results["title"], *results["limits"], "| misdirect | 41.70 |", '"objective": "log_odds"', "2.13.0"):
-        assert said in page
+        assert said in shown
 
 
 def test_mean_and_sample_sd_by_hand():
@@ -140,14 +145,17 @@ def test_page_table_has_one_width(results):
 
 @needs_matplotlib
 def test_files_appear_whole(results, tmp_path):
-    page = write_report(results, tmp_path / "new")
-    names = {"report.json", "report.md", "accuracy.png", "path.png", "residuals.png"}
-    assert page.name == "report.md" and {path.name for path in page.parent.iterdir()} == names
-    assert json.loads((page.parent / "report.json").read_text()) == results
-    for name in names:
-        if name.endswith("png"):
-            assert (page.parent / name).read_bytes().startswith(b"\x89PNG")
-            assert f"]({name})" in page.read_text("utf-8")
+    written = write_report(results, tmp_path / "new")
+    names, drawn = (
+        {"report.json", "report.md", "report.html", "pictures"},
+        {"accuracy.png", "path.png", "residuals.png"},
+    )
+    assert written.name == "report.md" and {path.name for path in written.parent.iterdir()} == names
+    assert {path.name for path in (written.parent / "pictures").iterdir()} == drawn
+    assert json.loads((written.parent / "report.json").read_text()) == results
+    for name in drawn:
+        assert (written.parent / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"](pictures/{name})" in written.read_text("utf-8")
 
 
 @needs_matplotlib
@@ -158,9 +166,10 @@ def test_absent_data_draws_and_links_nothing(other, tmp_path):
         del results[key]
         if other is not None:
             results[key] = other
-    page = write_report(results, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "accuracy.png"}
-    assert "path.png" not in page.read_text("utf-8") and "residuals.png" not in page.read_text("utf-8")
+    written = write_report(results, tmp_path).read_text("utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "pictures"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"accuracy.png"}
+    assert "path.png" not in written and "residuals.png" not in written
     for draw in (path_figure, residual_figure):
         with pytest.raises(InputError, match="expected 'MIP'"):
             draw(results)

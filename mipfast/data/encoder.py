@@ -14,6 +14,7 @@ import torch
 from mipfast.data.checkpoint import _first_sentence, _loaded
 from mipfast.data.records import Picture, Record
 from mipfast.errors import InputError, ModelError
+from mipfast.model import families
 
 log = logging.getLogger("mipfast")
 
@@ -235,8 +236,7 @@ class Encoder:
         return "" if not names or any(name in prompt for name in names) else "".join(names)
 
     def _is_qwen_vl(self) -> bool:
-        names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-        return all(getattr(self.config, name, None) is not None for name in names)
+        return all(getattr(self.config, name, None) is not None for name in families.QWEN_VL_TOKENS)
 
     def _expansion(self, text: str, prompt: list[int], at: int, size: tuple[int, int]) -> tuple[list[int], int]:
         """What the placeholder at a place of the prompt becomes for a picture of that (width, height), and the

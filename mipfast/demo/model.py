@@ -199,6 +199,15 @@ def _forever(pool: Sequence[Question], rng: random.Random) -> Iterator[Question]
         yield from rng.sample(pool, len(pool))
 
 
+def trained(encoder: Encoder, split: Split | None, folder: Path) -> Any:
+    """A model trained from nothing as `train` says, as it comes back from folder: rounded to bf16, like the shipped
+    one."""
+    model = build_model(len(encoder.tokenizer))
+    train(model, encoder, split)
+    save(model, encoder, folder)
+    return load(folder)
+
+
 def save(model: Any, encoder: Encoder, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """A plain transformers folder: safetensors in dtype, config, tokenizer, image processor."""
     copy.deepcopy(model).to(dtype).save_pretrained(folder)

@@ -15,27 +15,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from mipfast.errors import InputError
+from mipfast.experiment import page
 from mipfast.experiment.figures import (
     COLOUR,
     GROUPS,
     MODALITIES,
     PALE,
-    _stages,
-    _values,
+    accuracies,
     bars_figure,
     drawing,
     spread,
-    write_figure,
+    stages,
 )
-from mipfast.files import write_atomic, write_json
+from mipfast.experiment.page import Bullets, Fold, Grid, Heading, Part, Plot, Verbatim
+from mipfast.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,62 +41,47 @@ if TYPE_CHECKING:
 COLUMNS = [(group, modality) for group in GROUPS for modality in MODALITIES]
 
 
-def accuracy_table(results: dict[str, Any]) -> Table:
-    """A terminal table: a line per row, a section per stage, accuracy in percent (mean ± sample sd over seeds)."""
-    title, caption = Text(results["title"]), Text(_caption(results))
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for head in ("neurons", *(f"{group}\n{modality}" for group, modality in COLUMNS)):
-        table.add_column(head, justify="right")
-    for stage, rows in _stages(results):
-        table.add_section()
-        table.add_row(Text(stage, style="bold"))
-        for row in rows:
-            # Text, not str: a bracket in a name is no markup
-            table.add_row(*(Text(cell) for cell in _cells(row, len(results["seeds"]))))
-    return table
+def accuracy_table(results: dict[str, Any]) -> Grid:
+    """A line per row under a line per stage: accuracy in percent (mean ± sample sd over seeds)."""
+    heads = ["method", "neurons", *map("\n".join, COLUMNS)]
+    rows = []
+    for stage, members in stages(results):
+        rows += [[f"{stage}:", *[""] * (len(heads) - 1)], *(_cells(row, len(results["seeds"])) for row in members)]
+    note = f"Accuracy in percent ({_seeds(results)}). Forget should be low, retain and general high."
+    return Grid(results["title"], heads, rows, note=note)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The whole report.md; it links, by relative name, the pictures `write_report` draws from the same results."""
-    seeds = len(results["seeds"])
-    lines = [
-        f"# {results['title']}",
-        "",
-        "What the model still answers, before and after each way of making it forget the forget set.",
-        "",
-        "| method | neurons | " + " | ".join(map(" ".join, COLUMNS)) + " |",
-        "|---" + "|---:" * (1 + len(COLUMNS)) + "|",
-    ]
-    for stage, rows in _stages(results):
-        lines.append(f"| **{stage}** |" + " |" * (1 + len(COLUMNS)))
-        lines += [f"| {' | '.join(_cells(row, seeds))} |" for row in rows]
-    lines += ["", _caption(results), ""]
-    for picture in _drawable(results):
-        lines += [f"![{PICTURES[picture][2]}]({picture})", ""]
-    lines += ["## What each row is", ""]
-    lines += [f"- **{row['name']}** ({row['stage']}): {row['note']}" for row in results["rows"]]
-    lines += ["", "## Time", "", "| stage | seconds |", "|---|---:|"]
-    lines += [f"| {stage} | {seconds:.2f} |" for stage, seconds in results["seconds"].items()]
-    lines += ["", "## Limits", "", *(f"- {limit}" for limit in results["limits"]), ""]
+def parts(results: dict[str, Any]) -> list[Part]:
+    """The whole page."""
     facts = {key: results[key] for key in ("seeds", "config", "versions", "machine")}
-    lines += ["<details><summary>Configuration, versions, machine</summary>", ""]
-    lines += ["```json", json.dumps(facts, indent=1), "```", "", "</details>", ""]
-    return "\n".join(lines)
+    return [
+        "What the model still answers, before and after each way of making it forget the forget set.",
+        accuracy_table(results),
+        *(
+            Plot(name, alt, partial(draw, results))
+            for name, (key, draw, alt) in FIGURES.items()
+            if key == "rows" or _found(results, key)
+        ),
+        Heading("What each row is"),
+        Bullets([f"{row['name']} ({row['stage']}): {row['note']}" for row in results["rows"]]),
+        Heading("Time"),
+        Grid("Seconds", ["stage", "seconds"], [[stage, f"{s:.2f}"] for stage, s in results["seconds"].items()]),
+        Heading("Limits"),
+        Bullets(results["limits"]),
+        Fold("Configuration, versions, machine", [Verbatim(json.dumps(facts, indent=1))]),
+    ]
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:
-    """Write report.json, report.md and every picture whose data are there; returns the path of report.md.
+    """Write report.json, report.md with pictures/ (those whose data are there) and report.html; returns the path of
+    report.md.
 
     Raises MipfastError without matplotlib; report.json is on disk by then.
     """
     folder = Path(folder)
     write_json(folder / "report.json", results)
-    for picture in _drawable(results):
-        write_figure(folder / picture, PICTURES[picture][1](results))
-    page = folder / "report.md"
-    write_atomic(page, lambda path: path.write_text(markdown(results), encoding="utf-8"))
-    return page
+    page.write(folder, results["title"], parts(results))
+    return folder / "report.md"
 
 
 def accuracy_figure(results: dict[str, Any]) -> Figure:
@@ -173,15 +156,11 @@ def residual_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
-PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure], str]] = {
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure], str]] = {
     "accuracy.png": ("rows", accuracy_figure, "Accuracy by method, group and modality"),
     "path.png": ("paths", path_figure, "Neurons of the path by stack and layer"),
     "residuals.png": ("residuals", residual_figure, "How far hidden states moved, by layer and direction"),
 }
-
-
-def _drawable(results: dict[str, Any]) -> list[str]:
-    return [name for name, (key, _, _) in PICTURES.items() if key == "rows" or _found(results, key)]
 
 
 def _found(results: dict[str, Any], key: str) -> list[str]:
@@ -198,13 +177,9 @@ def _methods(results: dict[str, Any], key: str) -> list[str]:
 
 def _cells(row: dict[str, Any], seeds: int) -> list[str]:
     neurons = "–" if row["neurons"] is None else f"{row['neurons']:,}"
-    return [row["name"], neurons, *(spread(_values(row, *column), seeds) for column in COLUMNS)]
+    return [row["name"], neurons, *(spread(accuracies(row, *column), seeds) for column in COLUMNS)]
 
 
 def _seeds(results: dict[str, Any]) -> str:
     count, seeds = len(results["seeds"]), ", ".join(map(str, results["seeds"]))
     return f"one seed: {seeds}" if count == 1 else f"mean ± sample sd of {count} seeds: {seeds}"
-
-
-def _caption(results: dict[str, Any]) -> str:
-    return f"Accuracy in percent ({_seeds(results)}). Forget should be low, retain and general high."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,8 +17,6 @@ from mipfast.demo import model as tiny
 from mipfast.demo import people
 from mipfast.demo.trial import (
     BATCH,
-    GROUPS,
-    MODALITIES,
     PRUNE_FRACTION,
     RELEARN_STEPS,
     ROWS,
@@ -27,12 +27,12 @@ from mipfast.demo.trial import (
 )
 from mipfast.edit.neuron_path import NeuronPath
 from mipfast.errors import ArtefactError
+from mipfast.experiment.figures import GROUPS, MODALITIES
 from mipfast.files import machine, versions, write_atomic
 
 log = logging.getLogger("mipfast")
 
 WEIGHTS = Path(__file__).parent / "weights"
-REFERENCE_SEEDS, REFERENCE_RATIO = (0, 1, 2), 0.10  # forget sets the shipped retrained references never saw
 QUICK = (  # the rows that take two minutes; "random prune" is shown as "random"
     "before",
     "snr",
@@ -52,15 +52,13 @@ def run(seeds: list[int], ratio: float, out: Path, retrain: bool = False, progre
     """The whole demo on the forget sets of some seeds; `ratio` of the people are forgotten.
 
     Writes out/model (the first seed's MIP-edited model), out/pictures, and returns the results `report.write_report`
-    takes. retrain: train the base from nothing first (out/base) and use that."""
+    takes. retrain: train the base (out/base) and, for every forget set, a model that never saw its people
+    (out/retrained-SEED) from nothing; without it the row "retrained" is not measured."""
     started = time.monotonic()
     base, encoder = load_base()
     if retrain:
         encoder.tokenizer = tiny.build_tokenizer(encoder.world)
-        base = tiny.build_model(len(encoder.tokenizer))
-        tiny.train(base, encoder, None)
-        tiny.save(base, encoder, out / "base")
-        base = tiny.load(out / "base")  # what is judged has been rounded to bf16, like the shipped weights
+        base = tiny.trained(encoder, None, out / "base")
     results: dict[str, Any] = {
         "title": "mipfast demo",
         "seeds": seeds,
@@ -80,9 +78,9 @@ def run(seeds: list[int], ratio: float, out: Path, retrain: bool = False, progre
     for seed in seeds:
         log.info("forget set %d (%d of %d)", seed, seeds.index(seed) + 1, len(seeds))
         trial = Trial(base, encoder, encoder.world.split(seed, ratio), seed, progress)
-        results["runs"].append(_run_seed(trial, ratio, out, results, first=seed == seeds[0]))
-    results["rows"] = [_row(name, results["runs"]) for name in QUICK]
-    results["limits"] = _limits(results["rows"])
+        results["runs"].append(_run_seed(trial, out, results, retrain, first=seed == seeds[0]))
+    results["rows"] = [table_row(name, _measured(name, results["runs"])) for name in QUICK]
+    results["limits"] = _limits(results["runs"])
     if ratio > 0.05:
         results["limits"].append(_relearning(results["runs"]))
     stages = [run["seconds"] for run in results["runs"]]
@@ -91,7 +89,7 @@ def run(seeds: list[int], ratio: float, out: Path, retrain: bool = False, progre
     return results
 
 
-def _run_seed(trial: Trial, ratio: float, out: Path, results: dict[str, Any], first: bool) -> dict[str, Any]:
+def _run_seed(trial: Trial, out: Path, results: dict[str, Any], retrain: bool, first: bool) -> dict[str, Any]:
     """Every row of one forget set; of the first one also what the pictures need."""
     rows: dict[str, dict[str, Any]] = {}
     predictions: dict[str, list[str]] = {}
@@ -119,8 +117,8 @@ def _run_seed(trial: Trial, ratio: float, out: Path, results: dict[str, Any], fi
                 shown[row], hidden[row] = path, trial.hidden()
             if first and row == "MIP":
                 tiny.save(trial.model, trial.encoder, out / "model", torch.float32)
-    if ratio == REFERENCE_RATIO and trial.seed in REFERENCE_SEEDS:
-        judge("retrained", None, tiny.load(WEIGHTS / f"retrained-{trial.seed}"))
+    if retrain:
+        judge("retrained", None, tiny.trained(trial.encoder, trial.split, out / f"retrained-{trial.seed}"))
     if first:
         results["paths"] = {row: _path_facts(trial, path) for row, path in shown.items()}
         results["residuals"] = _residuals(trial, hidden)
@@ -136,43 +134,51 @@ def _run_seed(trial: Trial, ratio: float, out: Path, results: dict[str, Any], fi
     }
 
 
-def _row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    found = [run["rows"][name] for run in runs if name in run["rows"]]
+def _measured(name: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run["rows"][name] for run in runs if name in run["rows"]]
+
+
+def table_row(name: str, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A line of the table, as `report.write_report` takes it. measured: of each seed, {"accuracy": as `Trial.judge`
+    gives it, "neurons"}."""
     return {
         "name": name.removesuffix(" prune"),
         "stage": ROWS[name].stage,
         "note": ROWS[name].note,
-        "neurons": found[0]["neurons"] if found else None,
-        "accuracy": {g: {kind: [row["accuracy"][g][kind] for row in found] for kind in MODALITIES} for g in GROUPS},
+        "neurons": measured[0]["neurons"] if measured else None,
+        "accuracy": {g: {kind: [one["accuracy"][g][kind] for one in measured] for kind in MODALITIES} for g in GROUPS},
     }
 
 
-def _limits(rows: list[dict[str, Any]]) -> list[str]:
+def gap(accuracy: dict[str, dict[str, float]], kept: Sequence[str] = GROUPS[1:]) -> float:
+    """Mean accuracy of the kept groups minus mean forget accuracy, in points. accuracy: as `Trial.judge` gives it."""
+    return fmean(accuracy[group][kind] for group in kept for kind in MODALITIES) - fmean(accuracy["forget"].values())
+
+
+def _limits(runs: list[dict[str, Any]]) -> list[str]:
     """What the table does not show, and how located neurons did against random ones, from the numbers themselves."""
-    after = {row["name"]: row for row in rows if row["stage"] == "RMisU"}
-
-    def gap(row: dict[str, Any]) -> float:
-        def mean(group: str) -> float:
-            values = [v for kind in MODALITIES for v in row["accuracy"][group][kind]]
-            return sum(values) / len(values)
-
-        return mean("retain") - mean("forget")
-
-    located, random_ = gap(after["MIP"]), gap(after["random"])
-    return [
+    located, random_ = (
+        fmean(gap(one["accuracy"], ["retain"]) for one in _measured(row, runs)) for row in ("MIP", "random")
+    )
+    limits = [
         "Toy scale: 2.3 M parameters, 48 invented people. Nothing here is evidence about a 3B model.",
         f"After RMisU, retain minus forget is {located:.1f} points with located neurons and {random_:.1f} with "
         "random ones of the same budget.",
     ]
+    if not _measured("retrained", runs):
+        limits.append(
+            "retrained is not measured: a model that never saw the forget people has to be trained first, minutes for "
+            "each forget set. `mipfast demo --retrain` does, and `python bench/evidence` in the source tree."
+        )
+    return limits
 
 
 def _relearning(runs: list[dict[str, Any]]) -> str:
     """What comes back about two forget people when the model is shown the others again."""
     shown = []
     for row in RELEARNED:
-        found = [run["rows"][row]["relearned"] for run in runs if row in run["rows"]]
-        if found:
-            text, image = (sum(f[kind] for f in found) / len(found) for kind in MODALITIES)
+        if found := [one["relearned"] for one in _measured(row, runs)]:
+            text, image = (fmean(one[kind] for one in found) for kind in MODALITIES)
             shown.append(f"{row} {text:.0f} / {image:.0f}")
     return (
         f"{RELEARN_STEPS} steps of relearning on the other forget people bring back, "

@@ -22,6 +22,7 @@ from mipfast.edit.neuron_path import NeuronPath
 from mipfast.edit.prune import prune
 from mipfast.edit.train import order
 from mipfast.errors import InputError
+from mipfast.experiment.figures import GROUPS, MODALITIES
 from mipfast.judge.accuracy import evaluate
 from mipfast.judge.attacks import relearned
 from mipfast.model.batch import without_labels
@@ -30,7 +31,6 @@ from mipfast.model.sites import find_sites
 from mipfast.scoring.attribution import Attribution, per_label
 from mipfast.scoring.search import locate
 
-GROUPS, MODALITIES = ("forget", "retain", "general"), ("text", "image")
 PRUNE_FRACTION = 0.15
 STEERING_LAYER, STEPS = 3, 80  # no row takes more steps: there is one batch for each
 RELEARN_STEPS = 5

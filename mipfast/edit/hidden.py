@@ -10,13 +10,11 @@ from torch import nn
 
 from mipfast.edit.prune import active_prunes
 from mipfast.errors import InputError
+from mipfast.model import families
 from mipfast.model.batch import Batch, check_inputs, image_token, without_labels
 from mipfast.model.patching import plain_forward, removing, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import Sites, check_layer, find_sites
-
-TOKENWISE = {"input_ids", "attention_mask", "position_ids", "mm_token_type_ids"}
-PICTURES = {"pixel_values", "image_grid_thw", "image_sizes"}
 
 
 def hidden_states(
@@ -63,12 +61,12 @@ def _seen(model: Any, batch: Batch, rows: torch.Tensor) -> tuple[dict[str, Any],
     how."""
     inputs, shape = without_labels(batch), batch["labels"].shape
     stop = int((rows % shape[1]).max()) + 1
-    tokenwise = {name: value for name, value in inputs.items() if name in TOKENWISE}
+    tokenwise = {name: value for name, value in inputs.items() if name in families.CUT_WITH_TEXT}
     picture = image_token(model.config)
     if (
         _hooked(model)
         or "input_ids" not in inputs
-        or not inputs.keys() <= {*TOKENWISE, *PICTURES}
+        or not inputs.keys() <= families.CUT_WITH_TEXT | families.PICTURE_TENSORS
         or any(value.ndim != 2 and name != "position_ids" for name, value in tokenwise.items())
         or (picture is not None and bool((inputs["input_ids"][:, stop:] == picture).any()))
     ):

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import ArtefactError, InputError, ModelError, check_value
+from mipfast.model import families
 from mipfast.model.patching import compiled, frozen_eval, unwrapped
 from mipfast.model.sites import Sites, Stack, find_sites, neurons_valid
 from mipfast.model.weights import check_projections
@@ -58,8 +60,9 @@ class Pruned:
     def __init__(self, model: nn.Module, mode: str, slices: list[Slice], hooks: list[Any], neurons: Neurons):
         self.mode, self.neurons, self.off = mode, neurons, False
         self._model = weakref.ref(model)  # the registry's key: held strongly it would never be freed
-        self._slices, self._hooks, self._merged = slices, hooks, _merged(model)
+        self._slices, self._hooks = slices, hooks
         self._originals = [s.read() for s in slices]
+        self._merged = [(m, [*getattr(m, families.MERGED)]) for m in model.modules() if hasattr(m, families.MERGED)]
         _active.setdefault(model, []).append(self)
 
     def undo(self) -> None:
@@ -67,11 +70,11 @@ class Pruned:
 
         Raises:
             InputError: if undone or committed already, while a newer prune of the model is in force, or where adapters
-                were merged, unmerged or unloaded meanwhile: the original values would not give the model back.
+                were merged or unmerged meanwhile: the original values would not give the model back.
         """
-        self._retire(undo=True)
-        for s, original in zip(self._slices, self._originals, strict=True):
-            s.write(original)
+        in_force = self._newest()
+        self._restore()
+        in_force.pop()
         for hook in self._hooks:
             hook.remove()
 
@@ -81,17 +84,14 @@ class Pruned:
         Raises:
             InputError: as undo does.
         """
-        self._retire(undo=False)
+        self._newest().pop()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The model without this prune, until the with block ends. Raises InputError as undo does."""
-        if (model := self._model()) is not None:
-            self._check_adapters(model)
-        self.off = True
         current = [s.read() for s in self._slices]
-        for s, original in zip(self._slices, self._originals, strict=True):
-            s.write(original)
+        self._restore()
+        self.off = True
         try:
             yield
         finally:
@@ -99,24 +99,24 @@ class Pruned:
             for s, values in zip(self._slices, current, strict=True):
                 s.write(values)
 
-    def _check_adapters(self, model: nn.Module) -> None:
-        held = {id(p) for p in model.parameters()}
-        if _merged(model) != self._merged or any(id(s.parameter) not in held for s in self._slices):
+    def _restore(self) -> None:
+        if any(getattr(module, families.MERGED) != before for module, before in self._merged):
             raise InputError(
-                "weights were replaced, or adapters merged, unmerged or unloaded, since this prune: its original "
-                "values do not fit any more. Bring the adapters back to what they were, or commit() the prune"
+                "adapters were merged or unmerged since this prune: its original values do not fit any more. Bring "
+                "them back to what they were, or commit() the prune"
             )
+        for s, original in zip(self._slices, self._originals, strict=True):
+            s.write(original)
 
-    def _retire(self, undo: bool) -> None:
+    def _newest(self) -> list[Pruned]:
+        """The model's prunes in force, of which this one is the newest."""
         model = self._model()
         in_force = _active.get(model, []) if model is not None else []
         if self not in in_force:
             raise InputError("this prune was undone or committed already; prune again to get a new handle")
         if in_force[-1] is not self:
             raise InputError("a newer prune of this model is in force; undo the newest first")
-        if undo and model is not None:
-            self._check_adapters(model)
-        in_force.pop()
+        return in_force
 
     def __enter__(self) -> Pruned:
         return self
@@ -130,12 +130,6 @@ def active_prunes(model: nn.Module) -> list[Pruned]:
     return list(_active.get(unwrapped(model), []))
 
 
-def _merged(model: nn.Module) -> dict[str, list[str]]:
-    """The adapters that PEFT has worked into the weights, by projection."""
-    listed = ((name, getattr(module, "merged_adapters", None)) for name, module in model.named_modules())
-    return {name: list(adapters) for name, adapters in listed if adapters}
-
-
 def check_neurons(model: nn.Module, path: Neurons, written: bool) -> tuple[Sites, dict[tuple[str, int], torch.Tensor]]:
     """(the model's sites, the path with indices in int64).
 
@@ -146,15 +140,11 @@ def check_neurons(model: nn.Module, path: Neurons, written: bool) -> tuple[Sites
         raise InputError(f"the path is a {type(path).__name__}; expected a NeuronPath (model, path, forget, retain)")
     neurons = {}
     for key, indices in path.items():
-        if not (isinstance(key, tuple) and len(key) == 2 and isinstance(indices, torch.Tensor)):
-            raise InputError(
-                f"the path has {key!r}: a {type(indices).__name__}; expected (stack, layer): a tensor of indices"
-            )
-        if indices.dtype not in INTEGERS or indices.ndim != 1 or len(indices.unique()) < len(indices):
-            raise InputError(
-                f"the path's indices of {key} are {indices.dtype} of shape {list(indices.shape)}, "
-                f"{len(indices.unique())} different ones; expected integers [k], each once"
-            )
+        tensor = isinstance(indices, torch.Tensor)
+        placed = isinstance(key, tuple) and len(key) == 2
+        if not (placed and tensor and indices.dtype in INTEGERS and indices.ndim == 1):
+            found = f"{indices.dtype} {list(indices.shape)}" if tensor else type(indices).__name__
+            raise InputError(f"the path has {key!r}: a {found}; expected (stack, layer): a tensor of integers [k]")
         neurons[key] = indices.long()
     sites = find_sites(model)
     fingerprint = getattr(path, "fingerprint", None)
@@ -163,10 +153,11 @@ def check_neurons(model: nn.Module, path: Neurons, written: bool) -> tuple[Sites
             "this path was located on other weights of the same architecture; its neurons may mean nothing here"
         )
     for (stack, layer), indices in neurons.items():
-        if layer not in range(sites[stack].num_layers) or not neurons_valid(indices, sites[stack]):
+        place, unique = sites[stack], indices.unique()
+        if layer not in range(place.num_layers) or not neurons_valid(unique, place) or len(unique) < len(indices):
             raise ArtefactError(
-                f"the path names neurons of {stack} layer {layer} that do not exist: the stack has "
-                f"{sites[stack].num_layers} layers of {sites[stack].num_neurons}; locate on this model again"
+                f"the path names neurons of {stack} layer {layer} that do not exist, or twice: the stack has "
+                f"{place.num_layers} layers of {place.num_neurons}; locate on this model again"
             )
     if written:
         places = [(sites[stack], layer) for stack, layer in neurons]
@@ -234,19 +225,19 @@ def prune(
     try:
         for (stack, layer), indices in neurons.items():
             if mode == "weights":
-                _zero(sites[stack], layer, indices, parts[stack, layer][1])
+                _zero(sites[stack], layer, parts[stack, layer][1])
             else:
                 hook = _zeroing(handle, indices, positions)
                 handle._hooks.append(sites[stack].outputs[layer].register_forward_pre_hook(hook))
         if mode == "activations":
-            handle._hooks.append(model.register_state_dict_pre_hook(_unsaved(handle)))
+            handle._hooks.append(model.register_state_dict_pre_hook(partial(_warn_unsaved, handle)))
     except BaseException:
         handle.undo()
         raise
     return handle
 
 
-def _zero(stack: Stack, layer: int, indices: torch.Tensor, columns: list[Slice]) -> None:
+def _zero(stack: Stack, layer: int, columns: list[Slice]) -> None:
     """Zero the columns. Raises ModelError where the projection then does not compute what it did without neurons."""
     projection, weight = stack.outputs[layer], columns[0].parameter
     probe = torch.linspace(1, 2, stack.num_neurons, dtype=weight.dtype, device=weight.device)[None]
@@ -259,21 +250,17 @@ def _zero(stack: Stack, layer: int, indices: torch.Tensor, columns: list[Slice])
     finite = wanted.isfinite()
     if not torch.equal(found[finite], wanted[finite]):  # the same products in the same order: equal to the bit
         raise ModelError(
-            f"{stack.name} layer {layer}: with the columns of {len(indices)} neurons zeroed its "
-            f"{type(projection).__name__} does not compute what it did without these neurons, so that its weights are "
-            "not what it computes with. Nothing was pruned; merge what is on it, or prune with mode='activations'"
+            f"{stack.name} layer {layer}: with its neurons' columns zeroed the {type(projection).__name__} does not "
+            "compute what it did without them. Nothing was pruned; merge what is on it, or use mode='activations'"
         )
 
 
-def _unsaved(handle: Pruned) -> Any:
-    def warn(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not handle.off:
-            log.warning(
-                "hooks are not saved: the state dict of this model, which save_pretrained writes, is without its prune "
-                "by mode='activations'. Prune again after loading, or with mode='weights'"
-            )
-
-    return warn
+def _warn_unsaved(handle: Pruned, *_: Any) -> None:
+    if not handle.off:
+        log.warning(
+            "hooks are not saved: the state dict of this model, which save_pretrained writes, is without its prune by "
+            "mode='activations'. Prune again after loading, or with mode='weights'"
+        )
 
 
 def _zeroing(handle: Pruned, indices: torch.Tensor, positions: Literal["all"] | list[int]) -> Any:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mipfast.edit.prune import Slice
 from mipfast.errors import DivergedError, InputError
+from mipfast.model import families
 from mipfast.model.batch import Batch, check_many
 from mipfast.model.patching import frozen_eval
 from mipfast.model.weights import check_weights
@@ -52,13 +53,7 @@ class Leaf:
     def write(self) -> None:
         """Put what was learned into the model."""
         if self.hook:
-            self.restore(self.tensor.detach())
-
-    def read(self) -> torch.Tensor:
-        return self.parameter.detach().to("cpu", copy=True)
-
-    def restore(self, values: torch.Tensor) -> None:
-        self.parameter.data.copy_(values)
+            self.parameter.data.copy_(self.tensor.detach())
 
     def remove(self) -> None:
         if self.hook:
@@ -71,7 +66,7 @@ class SliceLeaf:
 
     def __init__(self, name: str, part: Slice, projection: nn.Module):
         self.name, self.part = name, part
-        if not isinstance(projection, nn.Linear) and type(projection).__name__ != "Conv1D":
+        if not isinstance(projection, nn.Linear) and type(projection).__name__ not in families.TRANSPOSED:
             raise InputError(f"{name}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
         values = part.read()
         self.tensor = nn.Parameter(values if values.dtype == torch.float64 else values.float())
@@ -89,12 +84,6 @@ class SliceLeaf:
 
     def write(self) -> None:
         self.part.write(self.tensor.detach())
-
-    def read(self) -> torch.Tensor:
-        return self.part.read().cpu()
-
-    def restore(self, values: torch.Tensor) -> None:
-        self.part.write(values)
 
     def remove(self) -> None:
         self.hook.remove()
@@ -147,14 +136,17 @@ def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
     weights = [(key, part.parameter if isinstance(part, Slice) else part) for key, part in parts]
     check_weights((names.get(id(weight), key), weight) for key, weight in weights)
     whole = [part for _, part in parts if not isinstance(part, Slice)]
+    before = [(part.read() if isinstance(part, Slice) else part.detach()).to("cpu", copy=True) for _, part in parts]
     with frozen_eval(model, whole):
         leaves = make_leaves(model, trainable)
-        before = [leaf.read() for leaf in leaves]
         try:
             yield leaves
         except BaseException:
-            for leaf, values in zip(leaves, before, strict=True):
-                leaf.restore(values)
+            for (_, part), values in zip(parts, before, strict=True):
+                if isinstance(part, Slice):
+                    part.write(values)
+                else:
+                    part.data.copy_(values)
             raise
         finally:
             for leaf in leaves:

@@ -67,7 +67,7 @@ def bars_figure(title: str, results: dict[str, Any], groups: Sequence[str] = GRO
     headings: list[float] = []
     bars: list[tuple[float, dict[str, Any]]] = []
     y = 0.0
-    for stage, rows in _stages(results):
+    for stage, rows in stages(results):
         headings.append(y)
         ticks.append((y, stage))
         for row in rows:
@@ -82,7 +82,7 @@ def bars_figure(title: str, results: dict[str, Any], groups: Sequence[str] = GRO
         axes.set_title(f"{group}: {AIM[group]}")
         for y, row in bars:
             for modality, shift in (("text", -0.19), ("image", 0.19)):
-                _bar(axes, y + shift, _values(row, group, modality), COLOUR[modality])
+                _bar(axes, y + shift, accuracies(row, group, modality), COLOUR[modality])
         for y in headings[1:]:
             axes.axhline(y - 0.6, color=PALE, linewidth=0.8)
         axes.set(xlim=(0, 140), xticks=range(0, 101, 25), ylim=(ticks[-1][0] + 0.6, -0.6))
@@ -97,11 +97,11 @@ def bars_figure(title: str, results: dict[str, Any], groups: Sequence[str] = GRO
     return figure
 
 
-def _stages(results: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+def stages(results: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(stage, list(rows)) for stage, rows in groupby(results["rows"], key=lambda row: row["stage"])]
 
 
-def _values(row: dict[str, Any], group: str, modality: str) -> list[float]:
+def accuracies(row: dict[str, Any], group: str, modality: str) -> list[float]:
     return row["accuracy"].get(group, {}).get(modality, [])
 
 

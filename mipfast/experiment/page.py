@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rich import box
 from rich.console import Group
@@ -132,8 +132,10 @@ def terminal(parts: Iterable[Part]) -> Group:
 def _table(grid: Grid) -> Table:
     title, caption = Text(grid.title), Text(grid.note)
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for head, is_words in zip(grid.heads, grid.is_words, strict=True):
-        table.add_column(Text(head), justify="left" if is_words else "right", overflow="fold")
+    whole = all(len(row[0]) <= 12 for row in grid.rows)  # a short name stays on one line, however narrow the console
+    for i, (head, is_words) in enumerate(zip(grid.heads, grid.is_words, strict=True)):
+        justify: Literal["left", "right"] = "left" if is_words else "right"
+        table.add_column(Text(head), justify=justify, overflow="fold", no_wrap=i == 0 and whole)
     for i, row in enumerate(grid.rows):
         # Text, not str: a bracket in a name is no markup
         table.add_row(*map(Text, row), end_section=i + 1 == grid.before)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.judge import metrics
+from mipfast.model import families
 from mipfast.model.batch import Batch, check_many, find_labels
 from mipfast.model.likelihood import token_nll
 from mipfast.model.patching import frozen_eval, unwrapped
@@ -214,8 +215,7 @@ def prefixed(batch: Batch, tokens: Sequence[int] | torch.Tensor, at: int = 0) ->
     ids = batch["input_ids"]
     added = _token_ids(tokens).to(ids)
     fill = {"input_ids": added} | {
-        name: torch.full_like(added, value)
-        for name, value in {"attention_mask": 1, "labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}.items()
+        name: torch.full_like(added, value) for name, value in families.VALUE_OF_ADDED_TOKEN.items()
     }
     odd = [
         f"{name} {list(value.shape)}"

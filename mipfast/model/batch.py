@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mipfast.errors import InputError
+from mipfast.model import families
 
 Batch = Mapping[str, torch.Tensor]
 BATCH = "expected what model(**batch) takes, tensors by name, with labels [n,S]; where many are taken, a list of such"
@@ -69,14 +70,19 @@ def find_labels(batch: Batch) -> Labels:
 
 def image_token(config: Any) -> int | None:
     """Id of the placeholder that stands for a picture's tokens."""
-    return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return next((getattr(config, name) for name in families.IMAGE_TOKEN if hasattr(config, name)), None)
+
+
+def merge_size(config: Any) -> int | None:
+    """How many patches in a row and in a column Qwen-VL merges into one image token; None elsewhere."""
+    return getattr(getattr(config, "vision_config", None), families.MERGE_SIZE, None)
 
 
 def check_inputs(model: Any, batch: Batch) -> None:
     """Tokens must be words of the model, and Qwen-VL's three ways of counting pictures must agree; transformers says
     less clearly what is wrong. Raises InputError."""
-    pixels, grid, ids = (batch.get(name) for name in ("pixel_values", "image_grid_thw", "input_ids"))
-    token = image_token(model.config)
+    pixels, grid, ids = (batch.get(name) for name in (families.PATCHES, families.GRID, "input_ids"))
+    token, merge = image_token(model.config), merge_size(model.config)
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     for name, found in (("input_ids", ids), ("labels", batch.get("labels"))):
         if size is not None and found is not None and bool((outside := (found >= size) & (found != token)).any()):
@@ -84,7 +90,6 @@ def check_inputs(model: Any, batch: Batch) -> None:
                 f"{name} hold token {found[outside].max()}; the model has the tokens 0..{size - 1}: make batches with "
                 "the model's own tokenizer"
             )
-    merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", None)
     if pixels is None or grid is None or ids is None or merge is None or token is None:
         return
     patches, placeholders = int(grid.prod(1).sum()), int((ids == token).sum())

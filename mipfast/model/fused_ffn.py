@@ -6,22 +6,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mipfast import ops
+from mipfast.model import families
 from mipfast.model.patching import replaced_forward
 from mipfast.model.sites import Stack
-
-# what transformers calls the parts of every gated FFN whose projections are not fused
-PROJECTIONS, ACTIVATION = ("gate_proj", "up_proj", "down_proj"), "act_fn"
-
-
-_gated: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -34,14 +28,11 @@ def fused_ffns(stacks: Iterable[Stack]) -> Iterator[None]:
         yield
 
 
-def _is_gated(ffn: nn.Module) -> bool:
-    """Whether this is what the FFN computes. Asked once: others with parts of these names scale or gate differently."""
-    if ffn not in _gated:
-        _gated[ffn] = all(hasattr(ffn, part) for part in (*PROJECTIONS, ACTIVATION)) and _agrees(ffn)
-    return _gated[ffn]
-
-
-def _agrees(ffn: Any) -> bool:
+def _is_gated(ffn: Any) -> bool:
+    """Whether this is what the FFN computes: others with parts of these names scale or gate differently. Tried on every
+    call, as an activation or a class's forward may be replaced between two, or its state changed in place."""
+    if not all(hasattr(ffn, part) for part in families.GATED_PARTS):
+        return False
     weight = next(ffn.gate_proj.parameters())
     if weight.is_meta or not weight.is_floating_point() or weight.itemsize < 2:  # elsewhere, or quantised
         return False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mipfast.errors import InputError
-from mipfast.model.batch import Batch, find_labels
+from mipfast.model.batch import Batch, Labels, find_labels
 
 log = logging.getLogger("mipfast")
 Positions = str | torch.Tensor | list
@@ -38,14 +38,14 @@ def check_name(positions: Any, names: tuple[str, ...]) -> None:
         raise InputError(f"positions={positions!r}; expected {', '.join(names)}, or indices")
 
 
-def text_rows(batch: Batch, positions: Positions) -> Rows:
+def text_rows(batch: Batch, positions: Positions, labels: Labels | None = None) -> Rows:
     """Rows of the flattened [n·S] token dimension.
 
     last_prompt: the first position whose logits predict a label. answer: all positions whose logits predict a label,
     first label span. first: position 0. prompt: attended positions up to last_prompt. all: attended positions.
-    Otherwise indices [P] for every sample, or [n,P]."""
+    Otherwise indices [P] for every sample, or [n,P]. labels: find_labels(batch), where it is there already."""
     check_name(positions, TEXT_POSITIONS)
-    labels = find_labels(batch)
+    labels = labels or find_labels(batch)
     n, length = batch["labels"].shape
     mask = batch.get("attention_mask")
     attended = (

@@ -11,60 +11,66 @@ import torch
 from torch import nn
 
 from mipfast.errors import ArtefactError, InputError, ModelError
+from mipfast.model import families
 from mipfast.model.patching import unwrapped
-
-# What the output projection of an FFN and the module around it are called in transformers.
-OUTPUT_NAMES = ("down_proj", "fc2", "c_proj", "w2", "linear_fc2", "dense_4h_to_h", "lin2")
-FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One tower of blocks. name: dotted name of its ModuleList; ffns[l]: the module around block l's projections;
-    inputs[l]: the projections that write its neurons (gate and up, or fc1); outputs[l]: the one that reads them.
-    transposed: weights are [in, out], as in GPT-2's Conv1D, and not [out, in]. A projection may be PEFT's wrapper of
-    one."""
+    """One tower of blocks with an FFN each. A projection may be PEFT's wrapper of one. See `find_sites`."""
 
     name: str
+    """Dotted name of the blocks' ModuleList in the model without wrappers."""
     blocks: tuple[nn.Module, ...]
+    """The blocks, first to last."""
     ffns: tuple[nn.Module, ...]
+    """Of every block the module around its FFN's projections."""
     inputs: tuple[tuple[Any, ...], ...]
+    """Of every block the projections that write its neurons: gate and up, or fc1."""
     outputs: tuple[Any, ...]
+    """Of every block the projection that reads its neurons."""
     num_neurons: int
+    """Neurons of one block, the width of what its output projection reads."""
     transposed: bool
+    """Whether weights are [in, out], as in GPT-2's Conv1D, and not [out, in]."""
 
     @property
     def num_layers(self) -> int:
+        """How many blocks there are."""
         return len(self.blocks)
 
     def rows(self, layer: int) -> list[tuple[torch.Tensor, int]]:
         """The parameters that write block l's neurons, biases and LoRA's B among them, each with the dimension along
         which the neurons lie."""
-        found: list[tuple[torch.Tensor, int]] = []
+        parameters: list[tuple[torch.Tensor, int]] = []
         for projection in self.inputs[layer]:
             base = _base(projection)
-            found.append((base.weight, int(self.transposed)))
+            parameters.append((base.weight, int(self.transposed)))
             if base.bias is not None:
-                found.append((base.bias, 0))
-            found += [(p, 0) for adapter in getattr(projection, "lora_B", {}).values() for p in adapter.parameters()]
-        return found
+                parameters.append((base.bias, 0))
+            adapters = getattr(projection, families.ADAPTER_WRITES, {}).values()
+            parameters += [(p, 0) for adapter in adapters for p in adapter.parameters()]
+        return parameters
 
     def columns(self, layer: int) -> list[tuple[torch.Tensor, int]]:
         """The same of the parameters that read them; the output projection's own weight comes first."""
         projection = self.outputs[layer]
-        adapters = getattr(projection, "lora_A", {}).values()
+        adapters = getattr(projection, families.ADAPTER_READS, {}).values()
         return [(_base(projection).weight, 1 - self.transposed), *((adapter.weight, 1) for adapter in adapters)]
 
 
 @dataclass(frozen=True, eq=False)
 class Sites:
-    """text: the language model's stack; vision: every other stack with FFNs."""
+    """A model's stacks; `sites[name]` is the one of that name. See `find_sites`."""
 
     text: Stack
+    """The language model's."""
     vision: list[Stack]
+    """Every other stack with FFNs, in the model's order."""
 
     @property
     def stacks(self) -> list[Stack]:
+        """All of them, text first."""
         return [self.text, *self.vision]
 
     def __getitem__(self, name: str) -> Stack:
@@ -80,10 +86,7 @@ class Sites:
             for layer in range(stack.num_layers):
                 flat = stack.columns(layer)[0][0].detach().reshape(-1)
                 if flat.is_meta:
-                    raise ModelError(
-                        f"the weights of {stack.name} layer {layer} are offloaded: without them the model cannot be "
-                        "told from others. Load it without offloading"
-                    )
+                    raise ModelError(f"{stack.name} layer {layer} is offloaded: load the model without offloading")
                 sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
                 digest.update(sample.numpy().tobytes())
         sizes = {s.name: [s.num_layers, s.num_neurons] for s in self.stacks}
@@ -101,9 +104,31 @@ class Sites:
 
 
 def find_sites(model: nn.Module) -> Sites:
-    """The FFN stacks of a transformers model: every ModuleList whose blocks each hold one FFN output projection.
+    """Find a model's FFN neurons: every ModuleList whose blocks each hold one FFN output projection is a stack.
 
-    Raises ModelError where there is none, or a mixture of experts."""
+    Neuron (l, j) is channel j of the input of block l's output projection. What projections are called is in
+    model/families.py; docs/families.md says what to do for a family that is not found.
+
+    Args:
+        model: a transformers causal language model, perhaps with vision towers, perhaps inside PEFT's wrapper. It may
+            be on the meta device.
+
+    Returns:
+        The text stack and the vision stacks, named as in the model without its wrapper.
+
+    Raises:
+        ModelError: where the language model has no such stack or several, for blocks of different widths, and for a
+            mixture of experts.
+
+    Example:
+        >>> from mipfast import find_sites
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+        >>> text = find_sites(model).text
+        >>> text.name, text.num_layers, text.num_neurons
+        ('model.layers', 2, 24)
+    """
     model = unwrapped(model)
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -116,7 +141,7 @@ def find_sites(model: nn.Module) -> Sites:
     if len(text) != 1:
         found = ", ".join(s.name for s in text) or "none"
         raise ModelError(
-            f"expected one stack of blocks with an FFN output projection ({', '.join(OUTPUT_NAMES)}) under "
+            f"expected one stack of blocks with an FFN output projection ({', '.join(families.OUTPUT_NAMES)}) under "
             f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
         )
     return Sites(text[0], vision)
@@ -130,21 +155,21 @@ def find_decoder(model: Any) -> Any:
     decoder = model.get_decoder()
     if decoder is model:  # GPT-2 in transformers 4
         decoder = model.base_model
-    return getattr(decoder, "text_model", decoder)  # Idefics3 in transformers 4
+    return getattr(decoder, families.INNER_DECODER, decoder)
 
 
 def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
-    found = [_ffn(block) for block in blocks]
+    parts = [_ffn(block) for block in blocks]
     for i, block in enumerate(blocks):
-        experts = [n for n, _ in block.named_parameters() if "experts" in n.split(".")]
+        experts = [n for n, _ in block.named_parameters() if families.EXPERTS in n.split(".")]
         if experts:
             raise ModelError(
                 f"{name}.{i} is a mixture of experts ({experts[0]}), whose neurons only some tokens reach; fused ones "
                 "have no projection to score them at. Not supported; use a dense model"
             )
-    if any(ffn is None for ffn in found):
+    if any(ffn is None for ffn in parts):
         return None
-    ffns, inputs, outputs = zip(*found, strict=True)
+    ffns, inputs, outputs = zip(*parts, strict=True)
     widths = sorted({_sizes(output)[0] for output in outputs})
     if len(widths) > 1:
         raise ModelError(f"the FFNs of {name} have different widths {widths}; expected one width per stack")
@@ -156,7 +181,7 @@ def _ffn(block: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module]
     outputs = []
     for name, module in _projections(block):
         *parents, own = name.split(".")
-        if own in OUTPUT_NAMES and any(p in FFN_NAMES for p in parents):
+        if own in families.OUTPUT_NAMES and any(p in families.FFN_NAMES for p in parents):
             outputs.append((".".join(parents), module))
     if len(outputs) != 1:
         return None
@@ -177,11 +202,11 @@ def _projections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 def _base(projection: Any) -> Any:
     """The projection itself inside PEFT's wrapper."""
-    return getattr(projection, "base_layer", projection)
+    return getattr(projection, families.ADAPTED, projection)
 
 
 def _is_transposed(projection: nn.Module) -> bool:
-    return type(_base(projection)).__name__ == "Conv1D"
+    return type(_base(projection)).__name__ in families.TRANSPOSED
 
 
 def _sizes(projection: nn.Module) -> tuple[int, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,47 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mipfast.model import families
+from mipfast.model.patching import replaced_attention
+
 # In transformers' registry. "flash" in a name is what makes its towers hand over the bounds of the windows and not cut
 # at them; transformers 4 asks for names of its own, cuts, and calls `_attend` without bounds.
 NAME = "mipfast_flash_windows"
 
 
-# by the tensor of bounds: of every length of window its tokens (None: all), and where these are in the result
+# of every length of window its tokens (None: all), and where these are in the result
 Groups = tuple[list[tuple[int, Tensor | None]], Tensor | None]
-_groups: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @contextmanager
 def grouped_windows(model: nn.Module) -> Iterator[None]:
     """Every attention whose modules take cu_seqlens and run by sdpa. transformers runs it window by window: 16 windows
     in a picture of 1024 patches, times pictures and copies, are as many launches in every block."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa" and _takes_bounds(cast(Any, type(module))):
-            configs[id(config)] = config
-    if not configs:
+    configs = {
+        id(module.config): cast(Any, module.config)
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == families.WINDOWED_ATTENTION
+        and _takes_bounds(type(module))
+    }
+    with replaced_attention(configs.values(), NAME, partial(_attend, WeakTensorKeyDictionary())):
         yield
-        return
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS[NAME] = _attend
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
-        yield
-    finally:
-        for config in configs.values():
-            config._attn_implementation = "sdpa"
-        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
-@functools.cache
 def _takes_bounds(kind: Any) -> bool:
-    return "cu_seqlens" in inspect.signature(kind.forward).parameters
+    return families.WINDOW_BOUNDS in inspect.signature(kind.forward).parameters
 
 
 def _attend(
+    known: WeakTensorKeyDictionary,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -64,12 +55,15 @@ def _attend(
     cu_seq_lens_q: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [1,heads,tokens,d] -> [1,tokens,heads,d], every token seeing its window's."""
+    """query, key, value [1,heads,tokens,d] -> [1,tokens,heads,d], every token seeing its window's. known: the windows
+    of bounds that an earlier block was given."""
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    groups, back = _grouped(cu_seq_lens_q)
+    if cu_seq_lens_q not in known:
+        known[cu_seq_lens_q] = _grouped(cu_seq_lens_q)
+    groups, back = known[cu_seq_lens_q]
     outputs = []
     for length, tokens in groups:
         own = (x if tokens is None else x.index_select(2, tokens) for x in (query, key, value))
@@ -79,15 +73,12 @@ def _attend(
 
 
 def _grouped(bounds: Tensor) -> Groups:
-    if bounds not in _groups:
-        starts = defaultdict(list)
-        edges = bounds.tolist()
-        for start, stop in zip(edges, edges[1:], strict=False):
-            starts[stop - start].append(start)
-        if len(starts) == 1:
-            _groups[bounds] = [(next(iter(starts)), None)], None
-        else:
-            tokens = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in starts.items()]
-            flat = [t.flatten().to(bounds.device) for t in tokens]
-            _groups[bounds] = list(zip(starts, flat, strict=True)), torch.cat(flat).argsort()
-    return _groups[bounds]
+    starts = defaultdict(list)
+    edges = bounds.tolist()
+    for start, stop in zip(edges, edges[1:], strict=False):
+        starts[stop - start].append(start)
+    if len(starts) == 1:
+        return [(next(iter(starts)), None)], None
+    tokens = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in starts.items()]
+    flat = [t.flatten().to(bounds.device) for t in tokens]
+    return list(zip(starts, flat, strict=True)), torch.cat(flat).argsort()

@@ -8,29 +8,64 @@ from typing import Any
 
 import torch
 
+from mipfast.errors import DivergedError
 from mipfast.files import load_artefact, save_artefact
 
 
 @dataclass(eq=False)
 class Attribution:
-    """scores [n,L,F] float32; path [n,L,k] int64, best first, -1 where a layer got no gradient. report: config, whether
-    the search is approximate, baseline (zero or counterfactual) and number of counterfactuals, sign of the objective,
-    completeness residuals [n][L] (None where not measured), layers without gradient, labels per sample, stack,
-    fingerprint, versions."""
+    """What `locate` found of n samples, in one stack of L layers with F neurons each.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import Attribution
+        >>> scores, path = torch.tensor([[[0.1, 0.9, -0.3]]]), torch.tensor([[[1, 0]]])
+        >>> found = Attribution(scores, path, {"stack": "model.layers", "config": {"score": "igi"}})
+        >>> found.save_pretrained("located")
+        >>> Attribution.from_pretrained("located").path.tolist()
+        [[[1, 0]]]
+    """
 
     scores: torch.Tensor
+    """[n,L,F] float32."""
     path: torch.Tensor
+    """[n,L,k] int64: the neurons of the k largest scores, best first; -1 where a layer got no gradient."""
     report: dict[str, Any] = field(default_factory=dict)
+    """config, stack, versions and the model's fingerprint; whether the search is approximate; baseline (zero or
+    counterfactual) and number of counterfactuals; sign of the objective; completeness residuals [n][L] (None where not
+    measured); layers without gradient; labels per sample."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write attribution.safetensors and attribution.json."""
+        """Write the scores and the path, attribution.safetensors, and the report, attribution.json.
+
+        Args:
+            folder: made where it is not there; an attribution in it is replaced.
+        """
         save_artefact(folder, "attribution", {"scores": self.scores, "path": self.path}, self.report)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Attribution:
-        """Raises ArtefactError for a missing or damaged file."""
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: the one that was written.
+
+        Returns:
+            The same attribution.
+
+        Raises:
+            ArtefactError: for a missing or damaged file.
+        """
         tensors, report = load_artefact(folder, "attribution", tensors=("scores", "path"), facts=("stack", "config"))
         return cls(tensors["scores"], tensors["path"], report)
+
+
+def strongest(score: torch.Tensor, top_k: int, layer: str, dtype: torch.dtype) -> torch.Tensor:
+    """The neurons [n,k] of the largest scores [n,F] of a layer, descending, ties to the lowest index. Raises
+    DivergedError where a score is not finite; dtype: of the activations that it came from."""
+    if not bool(score.isfinite().all()):
+        raise DivergedError(f"scores of {layer} are not finite; try a wider dtype than {dtype}")
+    return score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def per_label(attribution: Attribution) -> torch.Tensor:

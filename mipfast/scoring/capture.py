@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import DivergedError, InputError
+from mipfast.model import families
 from mipfast.model.batch import Batch, Labels, check_inputs, find_labels, image_token, without_labels
 from mipfast.model.head import base_model, label_states
 from mipfast.model.patching import removing
@@ -33,8 +34,9 @@ class Capture:
     measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
     base_output: what the head's wrapper got from the base model. extra_outputs: what blocks return besides their state
     in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions.
-    recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to
-    start..stop."""
+    checked: what `plan` has found out about the model, in this
+    call of locate. recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has
+    cut down to start..stop."""
 
     model: nn.Module
     stack: Stack
@@ -55,6 +57,7 @@ class Capture:
     recording: Recording | None
     base_output: Any
     extra_outputs: tuple | None
+    checked: set[str]
     prefix: Prefix | None = None
     baseline: list[torch.Tensor] | None = None
 
@@ -67,17 +70,21 @@ class Capture:
         return self.labels.num_samples
 
 
-def capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions) -> Capture:
-    """Run the model once without gradient, recording the decoder's attention where that is possible. Raises InputError
-    for an unusable batch, DivergedError for non-finite activations."""
+def capture(
+    model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, checked: set[str] | None = None
+) -> Capture:
+    """Run the model once without gradient, recording the decoder's attention where that is possible. checked: what
+    `plan` knows from other batches of the call. Raises InputError for an unusable batch, DivergedError for non-finite
+    activations."""
+    checked = set() if checked is None else checked
     try:
-        return _capture(model, sites, stack, batch, positions, record=True)
+        return _capture(model, sites, stack, batch, positions, checked, record=True)
     except UnsupportedAttention as error:
         log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
-        return _capture(model, sites, stack, batch, positions, record=False)
+        return _capture(model, sites, stack, batch, positions, checked, record=False)
 
 
-def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
+def with_baseline(captured: Capture, sites: Sites, batches: Iterable[Batch], positions: Positions) -> Capture:
     """The capture with its activations measured from the mean over batches of theirs, the p-th chosen row of a sample
     from the p-th; one clean run each. Raises InputError for a batch of another shape or with other rows per sample."""
     means: list[torch.Tensor] = []
@@ -101,7 +108,9 @@ def from_mean(captured: Capture, sites: Sites, batches: Iterable[Batch], positio
     return replace(captured, activations=away, baseline=baseline)
 
 
-def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, record: bool) -> Capture:
+def _capture(
+    model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, checked: set[str], record: bool
+) -> Capture:
     labels, vision = find_labels(batch), stack is not sites.text
     check_inputs(model, batch)
     decoder = find_decoder(model)
@@ -124,7 +133,7 @@ def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Po
         if "rows" not in seen:
             counts = _tokens_per_sample(model, batch, labels.num_samples, len(flat), vision)
             seen["token_sample"] = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
-            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions)
+            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions, labels)
             seen["rows"] = Rows(rows.sample.to(flat.device), rows.index.to(flat.device))
         activations.append(flat[seen["rows"].index])
 
@@ -164,25 +173,21 @@ def _capture(model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Po
     position = seen["rows"].index - seen["rows"].sample * length
     start, last = (_first_image(model, batch), 0) if vision else (int(position.min()), int(position.max()))
     return Capture(
-        model,
-        stack,
-        batch,
-        entry,
-        decoder,
-        sites.text.blocks[-1],
-        sites.text.ffns[-1],
-        start,
-        max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
-        seen["kwargs"],
-        labels,
-        seen["rows"],
-        seen["token_sample"],
-        activations,
-        outputs,
-        logits,
-        seen["recording"],
-        seen["base_output"],
-        seen["extra_outputs"],
+        model=model,
+        stack=stack,
+        batch=batch,
+        entry=entry,
+        decoder=decoder,
+        last_block=sites.text.blocks[-1],
+        last_ffn=sites.text.ffns[-1],
+        start=start,
+        stop=max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
+        labels=labels,
+        activations=activations,
+        outputs=outputs,
+        logits=logits,
+        checked=checked,
+        **seen,
     )
 
 
@@ -212,14 +217,12 @@ def _image_shares(config: Any, batch: Batch) -> torch.Tensor:
     """Numbers in proportion to each sample's tokens in the vision tower."""
     ids = batch.get("input_ids")
     token = image_token(config)
-    if "image_sizes" in batch and hasattr(config, "image_grid_pinpoints"):
-        # LLaVA-NeXT and -OneVision: placeholders leave out what pads a crop, the tower does not
+    if families.PICTURE_SIZES in batch and hasattr(config, families.CROP_SIZES):
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        side, sizes = config.vision_config.image_size, batch["image_sizes"].tolist()
-        crops = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+        side, sizes = config.vision_config.image_size, batch[families.PICTURE_SIZES].tolist()
+        crops = [image_size_to_num_patches(size, getattr(config, families.CROP_SIZES), side) for size in sizes]
         return torch.tensor(crops, device=batch["labels"].device)
-    if ids is None or token is None or "aspect_ratio_ids" in batch:
-        # Mllama pads every sample to the same pictures and tiles
+    if ids is None or token is None or families.PADDED_TILES in batch:
         return torch.ones(len(batch["labels"]), dtype=torch.int64, device=batch["labels"].device)
     return (ids == token).sum(1)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import InputError
+from mipfast.model.batch import merge_size
 from mipfast.model.families import auto_class
 from mipfast.model.sites import Stack, find_sites
 from mipfast.scoring.config import LocateConfig
@@ -21,34 +22,61 @@ from mipfast.scoring.config import LocateConfig
 
 @dataclass(frozen=True)
 class Tower:
-    """layers blocks of `block` weights each (matrices only), hidden wide, with `neurons` FFN neurons each."""
+    """The blocks of a language model or a vision tower, all of one size."""
 
     layers: int
+    """Blocks."""
     block: int
+    """Weights of one block, matrices only."""
     hidden: int
+    """Width of the residual stream."""
     neurons: int
+    """FFN neurons of one block."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """All that the cost depends on. vocab: words; head: weights of the output projection; merge: patches per image
-    token; weights: all of the model's; element_size: bytes of one."""
+    """All of a model that the cost depends on.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from mipfast.cost import Shape
+        >>> Shape.of(LlamaConfig(num_hidden_layers=2)).text
+        Tower(layers=2, block=202375168, hidden=4096, neurons=11008)
+    """
 
     text: Tower
+    """The language model's blocks."""
     vision: Tower | None
+    """The vision tower's; None without one."""
     vocab: int
+    """Words."""
     merge: int
+    """Patches per image token."""
     weights: int
+    """All of the model's."""
     element_size: int
+    """Bytes of one weight."""
 
     @property
     def head(self) -> int:
+        """Weights of the language-model head."""
         return self.vocab * self.text.hidden
 
     @classmethod
     def of(cls, model: Any, stack: str | None = None) -> Shape:
-        """Read off a model, or off a transformers config alone: no weights are made. stack: name of the vision tower
-        where there are several. Raises ModelError as `find_sites` does."""
+        """Read off a model, or off a transformers config alone: no weights are made.
+
+        Args:
+            model: a transformers model or config.
+            stack: name of the vision tower, where there are several.
+
+        Returns:
+            The model's shape.
+
+        Raises:
+            ModelError: as `find_sites` does.
+        """
         if not isinstance(model, nn.Module):
             model, config = _weightless(model), model
             element_size = (getattr(config, "dtype", None) or torch.bfloat16).itemsize
@@ -61,7 +89,7 @@ class Shape:
             _tower(sites.text),
             _tower(vision) if vision else None,
             config.get_text_config().vocab_size,
-            getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1) ** 2,
+            (merge_size(config) or 1) ** 2,
             sum(p.numel() for p in model.parameters()),
             element_size,
         )
@@ -69,16 +97,34 @@ class Shape:
 
 @dataclass(frozen=True)
 class Device:
-    """flops: of large matrix products per second; bandwidth: bytes per second; memory: bytes, 0 where unknown."""
+    """How fast a machine computes and reads.
+
+    Example:
+        >>> from mipfast.cost import Device
+        >>> Device("my card", flops=300e12, bandwidth=1.5e12).memory
+        0.0
+    """
 
     name: str
+    """What to call it."""
     flops: float
+    """Floating-point operations per second of large matrix products."""
     bandwidth: float
+    """Bytes per second."""
     memory: float = 0.0
+    """Bytes; 0 where unknown."""
 
     @classmethod
     def measured(cls, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Device:
-        """This machine's, from one matrix product and one copy, best of five; takes about a second."""
+        """Measure this machine by one matrix product and one copy, best of five; takes about a second.
+
+        Args:
+            device: as torch names it.
+            dtype: of the matrix product.
+
+        Returns:
+            The device, with its memory where it is a GPU's.
+        """
         device = torch.device(device)
         rows, width = (8192, 8192) if device.type == "cuda" else (512, 2048)
         # drawn, as a GPU multiplies constants with less power, and so faster than anybody's data
@@ -101,17 +147,21 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """flops, bytes (weights read) and seconds of all samples, by phase: capture (clean run and check), search (what the
-    scores need) and completeness (the residual's row at alpha = 0 and its derivative, of the batches for which
-    config.residuals wants it). seconds are a floor: every
-    product at the device's rate or its weights at its bandwidth, no launches. tokens: of all samples. memory: bytes
-    at the peak, with all steps in one replay."""
+    """What `estimate` found, of all samples. Its phases: capture (clean run and check), search (what the scores need)
+    and completeness (the residual's row at alpha = 0 and its derivative, of the batches for which config.residuals
+    wants it)."""
 
     tokens: int
+    """Of all samples."""
     flops: dict[str, float]
+    """Floating-point operations by phase."""
     bytes: dict[str, float]
+    """Bytes of weights read, by phase."""
     seconds: dict[str, float]
+    """Seconds by phase, at the least: every product at the device's rate or its weights at its bandwidth, no
+    launches."""
     memory: float
+    """Bytes at the peak, with all steps in one replay."""
 
 
 def estimate(
@@ -125,13 +175,35 @@ def estimate(
     config: LocateConfig | None = None,
     device: str | Device = "H200",
 ) -> Estimate:
-    """The cost of `locate` on samples of one size. model: a Shape, a model, or a transformers config without weights.
+    """Estimate what `locate` costs on samples of one size, before anything is run.
 
-    prompt, answer: text tokens of one sample, its image placeholders not among them; patches: of its image (0 = none).
-    device: a name in DEVICES or a Device. Assumes blocks that add their FFN's output and attention that can be cut to a
-    suffix, as `locate` itself checks; attention in a vision tower is counted as global.
+    Assumes blocks that add their FFN's output and attention that can be cut to a suffix, as `locate` itself checks;
+    attention in a vision tower is counted as global.
 
-    Raises InputError for an impossible size or an unknown device."""
+    Args:
+        model: a Shape, a model, or a transformers config without weights.
+        prompt: text tokens of one sample's prompt, image placeholders not among them.
+        answer: tokens of its answer.
+        patches: of its image in the vision tower; 0 is none.
+        samples: how many there are.
+        batch_size: samples of one batch.
+        config: as `locate` takes it; None is LocateConfig().
+        device: a name in mipfast.cost.DEVICES, or a Device.
+
+    Returns:
+        FLOPs, bytes read and seconds by phase, and bytes of memory at the peak.
+
+    Raises:
+        InputError: for an impossible size or an unknown device.
+        ModelError: as `find_sites` does.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from mipfast import estimate
+        >>> cost = estimate(LlamaConfig(num_hidden_layers=4), prompt=100, answer=20, samples=64, device="H100")
+        >>> cost.tokens, f"{sum(cost.seconds.values()):.2f} s"
+        (7680, '0.26 s')
+    """
     config = (config or LocateConfig()).resolved()
     shape = model if isinstance(model, Shape) else Shape.of(model, config.stack)
     if isinstance(device, str):

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 
 from mipfast import ops
-from mipfast.errors import DivergedError, InputError
+from mipfast.errors import InputError
+from mipfast.scoring.attribution import strongest
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.nodes import HookedNodes, NodeGroup, Objective, with_oom_halving
 from mipfast.scoring.replay import Replay
@@ -48,23 +49,19 @@ def joint_search(
     entered = torch.zeros_like(acts[0][:, 0])
     scores, paths, dead = [], [], set()
     for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
-        gradient, carried, found = torch.zeros_like(wide), torch.zeros_like(entered), False
+        gradient, carried, has_gradient = torch.zeros_like(wide), torch.zeros_like(entered), False
         for group, (own, along_path) in with_oom_halving(
             node_groups, partial(HookedNodes.gradients, act=act, value_of=objective)
         ):
             carried += group.weights.to(carried) @ along_path
             if own is not None:
-                found = True
+                has_gradient = True
                 gradient += ops.riemann_accumulate(own, group.weights.to(act.device))[0]
         score = (gradient + carried[:, None]) * (wide + entered[:, None])
         if released:
             score = score / sum(map(len, nodes))
-        if not bool(score.isfinite().all()):
-            raise DivergedError(
-                f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}"
-            )
-        path = _best(score, top_k)
-        if not found:
+        path = strongest(score, top_k, f"{captured.stack.name} layer {layer}", act.dtype)
+        if not has_gradient:
             dead.add(layer)
             score, path = torch.zeros_like(score), torch.full_like(path, -1)
         scores.append(score)
@@ -98,7 +95,7 @@ def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
     scores, paths = [], []
     for layer, act in enumerate(map(_wide, captured.activations)):
         scores.append((n_steps - 1) * (layer + 1) * (act + entered[:, None]) / n_steps)
-        paths.append(_best(scores[-1], top_k))
+        paths.append(strongest(scores[-1], top_k, f"{captured.stack.name} layer {layer}", act.dtype))
         entered = entered + act.gather(1, paths[-1][:, -1:])[:, 0]
     return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), set()
 
@@ -114,8 +111,3 @@ def _one_position(captured: Capture) -> None:
 
 def _wide(act: torch.Tensor) -> torch.Tensor:
     return act if act.dtype == torch.float64 else act.float()
-
-
-def _best(score: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The largest scores' indices [n,k], descending, ties to the lowest index."""
-    return score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

@@ -13,13 +13,16 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mipfast.errors import InputError
-from mipfast.model.batch import Batch, image_token
+from mipfast.model import families
+from mipfast.model.batch import Batch, image_token, merge_size
 from mipfast.scoring.capture import Capture
 
 USED = 0.8  # of the free memory; the rest is for gradients on their way, and for what the model of bytes leaves out
 
 
-_corrections: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()  # by tower: measured / modelled
+# By model and tower: measured / modelled. A model that was changed since may get too many or too few copies into one
+# replay; its scores do not depend on how many.
+_corrections: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 
 def copies_that_fit(captured: Capture, budget: Any) -> int:
@@ -62,9 +65,7 @@ def halves(batch: Batch, config: Any) -> list[Batch]:
     for first in (True, False):
         part: dict[str, torch.Tensor] = {}
         for name, value in batch.items():
-            cut, dim = (
-                (pictures[name], 0) if name in pictures else (n // 2, int(name == "position_ids" and value.ndim == 3))
-            )
+            cut, dim = pictures.get(name, n // 2), families.BATCH_DIM.get(name, 0) % value.ndim
             if name not in pictures and value.shape[dim] != n:
                 raise InputError(
                     f"{n} samples do not fit into memory at once, and how to divide {name} {list(value.shape)} among "
@@ -79,13 +80,13 @@ def halves(batch: Batch, config: Any) -> list[Batch]:
 
 def _pictures_before(batch: Batch, config: Any, samples: int) -> dict[str, int]:
     """Rows of Qwen-VL's picture tensors that belong to the first samples."""
-    pixels, grid, ids = (batch.get(name) for name in ("pixel_values", "image_grid_thw", "input_ids"))
-    token = image_token(config)
-    if pixels is None or grid is None or ids is None or token is None:
+    pixels, grid, ids = (batch.get(name) for name in (families.PATCHES, families.GRID, "input_ids"))
+    token, merge = image_token(config), merge_size(config)
+    if pixels is None or grid is None or ids is None or token is None or merge is None:
         return {}
     patches = grid.prod(1).cumsum(0)
-    mine = int((ids[:samples] == token).sum()) * config.vision_config.spatial_merge_size**2
-    return {"pixel_values": mine, "image_grid_thw": int((patches <= mine).sum())}
+    mine = int((ids[:samples] == token).sum()) * merge**2
+    return {families.PATCHES: mine, families.GRID: int((patches <= mine).sum())}
 
 
 def _free(device: torch.device) -> float:

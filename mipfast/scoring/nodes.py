@@ -16,10 +16,10 @@ import torch
 from mipfast import ops
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.plan import plan
-from mipfast.scoring.replay import Replay, copied
+from mipfast.scoring.replay import Replay, repeated
 
 log = logging.getLogger("mipfast")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Sums = tuple[torch.Tensor, torch.Tensor]  # (s1, s2) of ops.riemann_accumulate
 Objective = Callable[[torch.Tensor], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
 
@@ -55,19 +55,19 @@ def make_node_groups(
     return node_groups, ZeroNode(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
 
 
-def with_oom_halving(node_groups: list[NodeGroup], work: Callable[[Any], Found]) -> Iterator[tuple[Any, Found]]:
+def with_oom_halving(node_groups: list[NodeGroup], work: Callable[[Any], Result]) -> Iterator[tuple[Any, Result]]:
     """work(group) of every group. One that runs out of memory is replaced in the list by its halves, where it stands.
     Raises torch.OutOfMemoryError where a single copy does."""
     i = 0
     while i < len(node_groups):
         group = node_groups[i]
         try:
-            found = work(group)
+            result = work(group)
         except torch.OutOfMemoryError:
             if group.replay.copies == 1:
                 raise
         else:
-            yield group, found
+            yield group, result
             i += 1
             continue
         # outside `except`: while the exception is alive, its traceback keeps the tensors in memory
@@ -96,9 +96,9 @@ class NodeGroup:
         """The next block's (s1, s2), None without gradient, and dF/d alpha through the path's earlier neurons [m,n]."""
         raise NotImplementedError
 
-    def silent(self) -> torch.Tensor:
-        """The next block's output with its neurons silent."""
-        return self.replay.silent(carry=False)[0]
+    def baseline_output(self) -> torch.Tensor:
+        """The next block's output with its neurons at their baseline."""
+        return self.replay.baseline_output(carry=False)[0]
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         """Past the next block: clean activations, the path's [R,k] entries times alpha."""
@@ -148,7 +148,8 @@ class HookedNodes(NodeGroup):
 
 
 class ResidualNodes(NodeGroup):
-    """Where blocks add their FFN's output: the block runs once, silent, and alpha W a is added to its output."""
+    """Where blocks add their FFN's output: the block runs once, its neurons at their baseline, and alpha W a is added
+    to its output."""
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
         state = self._scaled(act).requires_grad_()
@@ -159,28 +160,29 @@ class ResidualNodes(NodeGroup):
             self.replay.drop()
             grad, *state_grads = _gradients(value, [state, *(s for s, _ in earlier)])
         tangents = [tangent for _, tangent in earlier]
-        if self._moved is not None:
-            state_grads, tangents = [grad, *state_grads], [self._moved, *tangents]
+        if self._d_output is not None:
+            state_grads, tangents = [grad, *state_grads], [self._d_output, *tangents]
         along = self._along(state_grads, tangents, value)
         if grad is None:
             return None, along
         return self._project(self.replay.at_rows(grad), act, groups), along
 
-    def silent(self) -> torch.Tensor:
-        self._silent, self._moved = self.replay.silent(carry=self._carries())
-        return self._silent
+    def baseline_output(self) -> torch.Tensor:
+        self._output, self._d_output = self.replay.baseline_output(carry=self._carries())
+        return self._output
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         weight = self._weight()
         assert path is not None  # without one, a block is IndependentNodes
         state = self.replay.add_rows(
-            self._silent, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
+            self._output, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
         )
         self.replay.push(state, self._tangent(act, path))
 
     def _scaled(self, act: torch.Tensor) -> torch.Tensor:
         """The next block's output with its neurons at alpha times their clean value."""
-        return self.replay.add_rows(self.silent(), ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
+        state = self.baseline_output()
+        return self.replay.add_rows(state, ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
 
     def _carries(self) -> bool:
         return any(tangent is not None for tangent in self.replay.tangents)
@@ -190,7 +192,7 @@ class ResidualNodes(NodeGroup):
         if not self.carry:
             return None
         own = (_on_path(act, path) @ self._weight().T).expand(self.replay.copies, -1, -1)
-        return self.replay.add_rows(torch.zeros_like(self._silent) if self._moved is None else self._moved, own)
+        return self.replay.add_rows(torch.zeros_like(self._output) if self._d_output is None else self._d_output, own)
 
     def _project(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
         return ops.project_accumulate(grad, self._weight(), self.weights.to(act.device), act=act, groups=groups)
@@ -200,21 +202,22 @@ class ResidualNodes(NodeGroup):
 
 
 class IndependentNodes(ResidualNodes):
-    """Where every layer is scored by itself: the states are the clean run's, and so is the silent block."""
+    """Where every layer is scored by itself: the states are the clean run's, and so is a block's
+    output at its baseline."""
 
     def __init__(self, clean: Replay, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
         super().__init__(replay, alphas, weights, carry)
         self._clean = clean
 
-    def silent(self) -> torch.Tensor:
-        self._silent, self._moved = self._tiled(self._clean.silents), None
-        return self._silent
+    def baseline_output(self) -> torch.Tensor:
+        self._output, self._d_output = self._tiled(self._clean.baseline_outputs), None
+        return self._output
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         self.replay.push(self._tiled(self._clean.states), None)
 
     def _tiled(self, of_layers: list[torch.Tensor]) -> torch.Tensor:
-        return copied(of_layers[len(self.replay.states)], self.replay.copies)
+        return repeated(of_layers[len(self.replay.states)], self.replay.copies)
 
 
 class CleanNode(ResidualNodes):
@@ -235,22 +238,22 @@ class CleanNode(ResidualNodes):
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
         layer = len(self.replay.states)
-        self._silent, self._moved = self._states[layer], None
+        self._output, self._d_output = self._states[layer], None
         if self._carries():
-            self._moved = self.replay.silent(carry=True)[1]
+            self._d_output = self.replay.baseline_output(carry=True)[1]
         grad = self._gradients[layer]
-        pairs = zip([*self._taps[:layer], grad], [*self.replay.tangents, self._moved], strict=True)
+        pairs = zip([*self._taps[:layer], grad], [*self.replay.tangents, self._d_output], strict=True)
         moved = [(g, tangent) for g, tangent in pairs if tangent is not None]
         along = self._along([g for g, _ in moved], [tangent for _, tangent in moved], act)
         return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
-        self.replay.push(self._silent, None if path is None else self._tangent(act, path))
+        self.replay.push(self._output, None if path is None else self._tangent(act, path))
 
 
 class ZeroNode:
-    """The node alpha = 0, where a layer's completeness begins: F with its neurons silent. No score waits for it, so
-    it is computed when the path is known, several layers in one pass."""
+    """The node alpha = 0, where a layer's completeness begins: F with its neurons at their baseline. No score waits
+    for it, so it is computed when the path is known, several layers in one pass."""
 
     def __init__(self, group: NodeGroup):
         self._group = group
@@ -258,18 +261,18 @@ class ZeroNode:
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         """Past the next block, as `NodeGroup.advance` does."""
-        self._starts.append(self._group.silent())
+        self._starts.append(self._group.baseline_output())
         self._group.advance(act, path)
 
     def values(self, copies: int, value_of: Objective) -> torch.Tensor:
-        """F [L,n] with each layer gone over silent, up to copies of them in one pass."""
-        replay, found = self._group.replay, []
+        """F [L,n] with each layer at its baseline, up to copies of them in one pass."""
+        replay, values = self._group.replay, []
         for first in range(0, len(self._starts), copies):
             starts = self._starts[first : first + copies]
             with torch.no_grad():
                 logits = Replay(replay.capture, len(starts)).staggered(replay.states[: first + len(starts)], starts)
-            found.append(value_of(logits).view(len(starts), -1))
-        return torch.cat(found)
+            values.append(value_of(logits).view(len(starts), -1))
+        return torch.cat(values)
 
 
 def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:

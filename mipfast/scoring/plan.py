@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,26 +14,21 @@ from mipfast.scoring.capture import Capture
 from mipfast.scoring.replay import Replay, _cut
 
 log = logging.getLogger("mipfast")
-
-
-# what was found once about a model's towers: its suffix gave the clean logits; its blocks add their FFN's output
-_seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-_additive: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+ADDITIVE, SUFFIX = "additive", "suffix"  # found once per call: blocks add their FFN's output; a suffix's logits match
 
 
 def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
     """The cheapest exact way to replay: (capture, perhaps cut to its suffix; a replay of one unscaled copy with every
-    block's silent output, and with its neurons' contribution as states), or (capture, None) for native replay.
+    block's output at its baseline, and with its neurons' contribution as states), or (capture, None) for native replay.
 
     The check compares blocks' outputs at the chosen rows with the clean run's: wrong where attention over the prefix is
     not what it was. It goes over all blocks, a forward pass of one copy, where clean_states says they are wanted or
-    the model is new; else over the first, for this batch's mask. Once per model it also compares blocks whose neurons
-    are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what lies behind a
-    vision tower."""
+    on a call's first batch; else over the first block, for this batch's mask. Once per call it also compares blocks
+    whose neurons are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what
+    lies behind a vision tower."""
     if any(type(output) is not nn.Linear for output in capture.stack.outputs):
         return capture, None
-    known = capture.stack.name in _additive.get(capture.model, ())
-    layers = capture.stack.num_layers if clean_states or not known else 1
+    layers = capture.stack.num_layers if clean_states or ADDITIVE not in capture.checked else 1
     for candidate in filter(None, (suffix(capture), capture)):
         clean = Replay(candidate, 1)
         try:
@@ -44,41 +38,38 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
             log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
             exact = False
         if exact:
-            _additive.setdefault(capture.model, set()).add(capture.stack.name)
+            capture.checked.update({ADDITIVE, SUFFIX} if candidate.prefix else {ADDITIVE})
             return candidate, clean
     log.info("%s: blocks do more with their FFN than add it; replaying natively", type(capture.model).__name__)
     return capture, None
 
 
 def _block_is_additive(clean: Replay, layer: int) -> bool:
-    """Whether the next block's silent output plus its neurons' contribution is its clean output; takes it as a
-    state."""
+    """Whether the next block's output at its baseline plus its neurons' contribution is its clean output; takes
+    it as a state."""
     capture = clean.capture
     act, weight = capture.activations[layer], capture.stack.outputs[layer].weight
     own = act @ weight.T
-    state, _ = clean.silent(carry=False)
-    if capture.stack.name not in _additive.get(capture.model, ()):
+    state, _ = clean.baseline_output(carry=False)
+    if ADDITIVE not in capture.checked:
         # up to 16 times as loud, so that it is no rounding of the state: a norm behind the FFN hid there in bfloat16
         before = clean.at_rows(state)[0]
         louder = (before.norm(dim=1) / own.norm(dim=1).clamp(min=torch.finfo(own.dtype).tiny)).clamp(1, 16)[:, None]
-        found, _ = clean._block(louder * act[None], None)
-        if not _close(clean.at_rows(found)[0], before + louder * own, roundings=4):
+        output, _ = clean._block(louder * act[None], None)
+        if not _close(clean.at_rows(output)[0], before + louder * own, roundings=4):
             return False
-    clean.silents.append(state)
+    clean.baseline_outputs.append(state)
     clean.push(clean.add_rows(state, own[None]), None)
     return _close(clean.at_rows(clean.states[-1])[0], capture.outputs[layer])
 
 
 def _clean_logits_match(clean: Replay) -> bool:
-    """Whether the clean states give the clean logits. Asked once per model and tower: it is a matter of the code."""
+    """Whether the clean states give the clean logits."""
     capture = clean.capture
-    if capture.prefix is None or capture.entry is capture.decoder or capture.stack.name in _seen.get(capture.model, ()):
+    if capture.prefix is None or capture.entry is capture.decoder or SUFFIX in capture.checked:
         return True
     mask = capture.labels.mask
-    exact = _close(clean.run()[mask], capture.logits[mask])
-    if exact:
-        _seen.setdefault(capture.model, set()).add(capture.stack.name)
-    return exact
+    return _close(clean.run()[mask], capture.logits[mask])
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 16) -> bool:

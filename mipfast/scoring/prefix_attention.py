@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mipfast.model import families
+from mipfast.model.patching import replaced_attention
+
 NAME = "mipfast_prefix"  # in transformers' registry of attention functions
 TORCH_FROM = 128  # suffix tokens; on a CPU torch's attention is 0.8x as fast as ours at 64, 1.4x at 256
-NATIVE = ("sdpa", "eager")  # what a decoder may use otherwise; both read an explicit mask
 
 
 @dataclass(eq=False)
@@ -56,9 +58,9 @@ class UnsupportedAttention(Exception):
 def recording(decoder: Any) -> Iterator[Recording | None]:
     """Record keys, values and masks of every attention module; None where the decoder's attention is not
     transformers'."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
 
-    if getattr(decoder.config, "_attn_implementation", None) not in NATIVE:
+    if getattr(decoder.config, "_attn_implementation", None) not in families.RECORDED_ATTENTION:
         yield None
         return
     record = Recording()
@@ -74,12 +76,8 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
     def explicit_mask(*args: Any, **kwargs: Any) -> Any:
         return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    with _attention(decoder, attend):
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, explicit_mask)
-        try:
-            yield record
-        finally:
-            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[NAME]  # without it, decoders build no mask for NAME
+    with replaced_attention([decoder.config], NAME, attend, explicit_mask):
+        yield record
 
 
 @contextmanager
@@ -92,22 +90,8 @@ def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
         clean_key, clean_value, mask = prefix.layers[module]
         return _attend(query, key, value, mask, clean_key, clean_value, **kwargs), None
 
-    with _attention(decoder, attend):
+    with replaced_attention([decoder.config], NAME, attend):
         yield
-
-
-@contextmanager
-def _attention(decoder: Any, function: Any) -> Iterator[None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before = decoder.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[NAME] = function
-    decoder.config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 def _attend(
@@ -125,7 +109,7 @@ def _attend(
 ) -> torch.Tensor:
     """Softmax attention [m·n,S',heads,d] of suffix queries [m·n,heads,S',d] over the clean prefix (shared by the m
     copies) and their own suffix keys. sliding_window is in the mask already."""
-    if any(ignored.get(name) is not None for name in ("s_aux", "sinks", "position_bias")):
+    if any(ignored.get(name) is not None for name in families.UNKNOWN_TO_PREFIX):
         raise UnsupportedAttention(f"attention sinks or biases: {sorted(ignored)}")
     rows, heads, length, width = query.shape
     n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]

@@ -5,13 +5,14 @@ what they returned when the path was advanced over them. Copies are step-major (
 knowledge of a family: repeating whatever is concatenated over samples is always right.
 
 Two ways past a block. Natively, its FFN's inner activations are overwritten by a hook. Where the block adds its FFN's
-output to what else it does, it is enough to run it once with the neurons silent (at their baseline, where the capture
-has one) and to add the rest of their contribution to its output: then the block is never differentiated, and the path
+output to what else it does, it is enough to run it once with the neurons at their baseline (zero, where the capture has
+none) and to add the rest of their contribution to its output: then the block is never differentiated, and the path
 advances for free. `plan` tries which of them is exact.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -22,26 +23,21 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mipfast.model import families
 from mipfast.model.batch import without_labels
 from mipfast.model.head import base_model, label_states, with_states
 from mipfast.model.patching import removing, replaced_forward
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.prefix_attention import attending
 
-# Arguments whose batch dimension is not the first, and arguments without one. position_ids are [n,S] or [3,n,S].
-BATCH_DIM = {"position_ids": -2}
-UNTILED = ("cache_position", "logits_to_keep")
-BROADCASTS = ("position_ids", "attention_mask")  # a batch dimension of 1 serves every sample
-PICTURES = ("deepstack_visual_embeds",)  # of decoders, one row per picture token
-STATES = ("hidden_states", "hidden_state")  # what blocks call their input
-ROW_BY_ROW = ("q_proj", "o_proj")  # in a decoder's attention; keys and values of every token are seen by later ones
+_forward_mode_lock = threading.Lock()
 
 
 class Replay:
     """m copies of the captured batch, with the states of the blocks the path has advanced over.
 
-    silents[l] is block l's output with its neurons silent, where `plan` went over it; tangents[l] is d state[l] / d
-    alpha along the path, for the completeness residual; None where not carried."""
+    baseline_outputs[l] is block l's output with its neurons at their baseline, where `plan` went over it; tangents[l]
+    is d state[l] / d alpha along the path, for the completeness residual; None where not carried."""
 
     def __init__(self, capture: Capture, copies: int):
         self.capture, self.copies = capture, copies
@@ -49,7 +45,7 @@ class Replay:
         self._index = (offsets[:, None] + capture.rows.index).flatten()
         self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
         self.states: list[torch.Tensor] = []
-        self.silents: list[torch.Tensor] = []
+        self.baseline_outputs: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
         self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
 
@@ -68,7 +64,7 @@ class Replay:
         """Logits [m·n,q,V] of copies that leave one run of the blocks, states of a single copy, at the m last of them:
         the j-th of these blocks returned starts[j] to copy j, and all that follow are copy j's own."""
         first = len(states) - len(starts)
-        self.states = [copied(state, self.copies) for state in states[:first]]
+        self.states = [repeated(state, self.copies) for state in states[:first]]
         self.states.append(torch.cat([starts[0], *[states[first]] * (self.copies - 1)]))
         with ExitStack() as patches:
             for j, block in enumerate(self.capture.stack.blocks[first + 1 : len(states)], 1):
@@ -113,9 +109,9 @@ class Replay:
             value = objective(self._entered())
             if not value.requires_grad:
                 return [None] * len(outputs), [None] * len(entered)
-            found = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)
-        total: list[torch.Tensor | None] = list(found[: len(outputs)])
-        pairs = zip(total, found[len(outputs) :], strict=False)
+            gradients = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)
+        total: list[torch.Tensor | None] = list(gradients[: len(outputs)])
+        pairs = zip(total, gradients[len(outputs) :], strict=False)
         return total, [t if u is None or t is None else None if t.equal(u) else t - u for t, u in pairs]
 
     def part(self, start: int, stop: int) -> Replay:
@@ -126,9 +122,9 @@ class Replay:
             part.push(state.detach()[rows], None if tangent is None else tangent[rows])
         return part
 
-    def silent(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output of the next block with its neurons at the chosen positions silent, and with carry its derivative by
-        alpha."""
+    def baseline_output(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output of the next block with its neurons at the chosen positions at their baseline, and with carry its
+        derivative by alpha."""
         act = self.capture.activations[len(self.states)]
         nothing = act.new_zeros(self.copies, *act.shape)
         return self._block(nothing, torch.zeros_like(nothing) if carry else None)
@@ -201,20 +197,21 @@ class Replay:
             # state, so add the difference.
             hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from)
         hidden = hidden.detach()
-        with torch.no_grad(), forward_ad.dual_level(), ExitStack() as patches:
+        with torch.no_grad(), ExitStack() as patches:
             if self.capture.prefix:
                 patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
             if tangent is not None:
-                patches.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only backend with a forward-mode derivative
+                patches.enter_context(_forward_mode())
                 values = forward_ad.make_dual(values, tangent)
                 if layer and self.tangents[-1] is not None:
                     hidden = forward_ad.make_dual(hidden, self.tangents[-1])
             patches.enter_context(self._overwritten(layer, values))
             output = block.forward(hidden, *args, **kwargs)
-            state, moved = forward_ad.unpack_dual(output[0] if isinstance(output, tuple) else output)
-            if tangent is not None and moved is None:
-                moved = torch.zeros_like(state)
-            return state.detach().clone(), None if moved is None else moved.detach().clone()
+            state = output[0] if isinstance(output, tuple) else output
+            if tangent is None:
+                return state.detach().clone(), None
+            state, moved = forward_ad.unpack_dual(state)
+            return state.detach().clone(), torch.zeros_like(state) if moved is None else moved.detach().clone()
 
     def _cut_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args or self.capture.prefix is None:
@@ -247,12 +244,12 @@ class Replay:
             rows = hidden.reshape(-1, hidden.shape[-1])
             if len(rows) != tokens:
                 return native(hidden)
-            found = native(rows[None, index])[0]
-            return found.new_zeros(tokens, found.shape[-1]).index_copy(0, index, found).view(*hidden.shape[:-1], -1)
+            output = native(rows[None, index])[0]
+            return output.new_zeros(tokens, output.shape[-1]).index_copy(0, index, output).view(*hidden.shape[:-1], -1)
 
         with ExitStack() as patches:
             if len(index) < tokens:
-                projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in ROW_BY_ROW)
+                projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in families.ROW_BY_ROW)
                 for module in (self.capture.last_ffn, *projections):
                     patches.enter_context(replaced_forward(module, partial(at_labels, native=module.forward)))
             yield
@@ -269,7 +266,7 @@ class Replay:
         return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
 
     def _output(self, state: torch.Tensor) -> Any:
-        if any(name in self._kwargs for name in PICTURES):
+        if any(name in self._kwargs for name in families.DEEPSTACK):
             state = state.clone()  # transformers 4's deepstack adds to it in place, and would corrupt the kept state
         return state if self.capture.extra_outputs is None else (state, *self.capture.extra_outputs)
 
@@ -291,15 +288,22 @@ def _state_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A block's arguments with the state, which some families name, in front."""
     if args:
         return args, kwargs
-    name = next(name for name in STATES if name in kwargs)
+    name = next(name for name in families.STATE_NAMES if name in kwargs)
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """torch has one level of it, and one choice of attention kernels, in a process: a thread at a time."""
+    with _forward_mode_lock, forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the only one with a derivative
+        yield
 
 
 class _Reached(Exception):
     """Ends a forward pass at a block whose arguments were wanted."""
 
 
-def copied(state: torch.Tensor, copies: int) -> torch.Tensor:
+def repeated(state: torch.Tensor, copies: int) -> torch.Tensor:
     """The states of one copy, repeated."""
     return state.repeat(copies, *[1] * (state.ndim - 1))
 
@@ -309,34 +313,30 @@ def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:
         return {key: _tile(name, item, copies, num_samples) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_tile(name, item, copies, num_samples) for item in value)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in UNTILED:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
         return value
-    dim = BATCH_DIM.get(name, 0)
-    if name in BROADCASTS and value.shape[dim] == 1 and num_samples > 1:
+    dim = families.BATCH_DIM.get(name, 0)
+    if name in families.ONE_FOR_ALL and value.shape[dim] == 1 and num_samples > 1:
         return value
     times = [1] * value.ndim
     times[dim] = copies
     return value.repeat(times)
 
 
-# Arguments of decoders with a token dimension, and which it is.
-TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos_masks": 1, "cache_position": 0}
-
-
 def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = False) -> dict[str, Any]:
     """A decoder's arguments for tokens start..stop; with pictures_follow none of them lies before start. Raises
-    ValueError for an argument that TOKEN_DIM does not know."""
+    ValueError for an argument that families.TOKEN_DIM does not know."""
     cut: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name == "attention_mask":
             cut[name] = None  # the recorded masks stand in
-        elif isinstance(value, torch.Tensor) and name in TOKEN_DIM:
-            cut[name] = value.narrow(TOKEN_DIM[name], start, stop - start)
-        elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in PICTURES):
+        elif isinstance(value, torch.Tensor) and name in families.TOKEN_DIM:
+            cut[name] = value.narrow(families.TOKEN_DIM[name], start, stop - start)
+        elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in families.DEEPSTACK):
             raise ValueError(f"how to cut the decoder's {name} is not known")
         else:
             cut[name] = value
     if cut.get("position_ids") is None:
-        some = next(v for k, v in kwargs.items() if k in TOKEN_DIM and isinstance(v, torch.Tensor))
+        some = next(v for k, v in kwargs.items() if k in families.TOKEN_DIM and isinstance(v, torch.Tensor))
         cut["position_ids"] = torch.arange(start, stop, device=some.device)[None]
     return cut

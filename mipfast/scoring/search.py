@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mipfast.errors import DivergedError, InputError, configured
+from mipfast.errors import InputError, configured
 from mipfast.files import versions
-from mipfast.model.accelerated import frozen_linears
-from mipfast.model.batch import Batch, Labels, find_labels
-from mipfast.model.fused_ffn import fused_ffns
-from mipfast.model.patching import frozen_eval, unwrapped
+from mipfast.model.accelerated import accelerated
+from mipfast.model.batch import Batch, Labels
+from mipfast.model.patching import frozen_eval, lock_of, unwrapped
 from mipfast.model.sites import Sites, Stack, find_sites
-from mipfast.model.window_attention import grouped_windows
 from mipfast.scoring import memory
-from mipfast.scoring.attribution import Attribution
-from mipfast.scoring.capture import Capture, capture, from_mean
+from mipfast.scoring.attribution import Attribution, strongest
+from mipfast.scoring.capture import Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
 from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
@@ -45,18 +43,45 @@ def locate(
 ) -> Attribution:
     """Score every FFN neuron of one tower for every sample, and follow the influential path.
 
-    batch: what model(**batch) takes, with labels [n,S] (-100 = not scored), or an iterable of such. overrides: fields
-    of LocateConfig. The model is left as it was found.
+    MIP-Editor (arXiv 2511.06793) 3.1-3.2. With a_lpj the clean activation of neuron j at position p in layer l, and
+    nodes alpha_k with weights w_k on [0, 1], IGI is score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj, and IFI is
+    sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the clean activations stand at the chosen positions with the
+    path's entries times alpha_k; in layer l alpha_k times all. docs/search.md says how exact and how dear each search
+    is.
 
-    IGI: score_l(j) = sum_p a_lpj sum_k w_k dF_k/da_lpj. IFI: sum_k w_k sum_p (dF_k/da_lpj)^2. In layers before l the
-    clean activations stand at the chosen positions with the path's entries times alpha_k; in layer l alpha_k times all.
+    The model is left as it was found. Threads may locate at the same time: on two models side by side, on one model one
+    after the other.
 
-    counterfactuals: batches aligned with the one batch (labels of its shape, as many chosen positions per sample), such
-    as the same questions about other people. With b the mean of their clean activations, b + alpha_k (a - b) stands
-    wherever alpha_k a stood, and IGI multiplies by a - b: what the batches share scores nothing. Costs one forward pass
-    per batch; only with combine="sum".
+    Args:
+        model: a transformers model, in whatever mode; see `find_sites`.
+        batch: what model(**batch) takes, with labels [n,S] int64 (-100 = not scored), or an iterable of such.
+        config: how neurons are scored; None is LocateConfig().
+        counterfactuals: batches aligned with the one batch (labels of its shape, as many chosen positions per sample),
+            such as the same questions about other people. With b the mean of their clean activations,
+            b + alpha_k (a - b) stands wherever alpha_k a stood, and IGI multiplies by a - b: what the batches share
+            scores nothing. Costs one forward pass per batch; only with combine="sum".
+        **overrides: fields of LocateConfig, in place of config's.
 
-    Raises InputError, ModelError or DivergedError (see `mipfast.errors`).
+    Returns:
+        Scores [n,L,F] float32 and path [n,L,k] int64 of all batches' samples in order, on the CPU, and a report.
+
+    Raises:
+        InputError: for a config or a batch that cannot be used, or one sample that does not fit into memory.
+        ModelError: for a model without known FFNs.
+        DivergedError: for activations or scores that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from mipfast import locate
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+        >>> batch = {"input_ids": torch.tensor([[5, 7, 9, 11]]), "labels": torch.tensor([[-100, -100, -100, 11]])}
+        >>> found = locate(model, batch, top_k=3)
+        >>> found.scores.shape, found.path.shape
+        (torch.Size([1, 2, 24]), torch.Size([1, 2, 3]))
+        >>> found.path[0, 0, 0] == found.scores[0, 0].argmax()
+        tensor(True)
     """
     config = configured(LocateConfig, config, overrides).resolved()
     nodes, weights = config.rule()
@@ -68,18 +93,19 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    with frozen_eval(model), frozen_linears(model), fused_ffns(sites.stacks), grouped_windows(model):
+    call = _Call(model, sites, stack, config, nodes, weights)
+    with lock_of(model), frozen_eval(model), accelerated(model, sites.stacks):
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
-                parts.append(_with_memory(model, sites, stack, one, others, config, nodes, weights, not parts))
+                parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
         raise InputError("no batch to locate on: the iterable was empty")
-    scores, paths, residuals, counts, dead = zip(*parts, strict=True)
+    scores, path, residuals, counts, dead = _joined(parts)
     return Attribution(
-        torch.cat(scores),
-        torch.cat(paths),
+        scores,
+        path,
         {
             "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
             "approximate": config.search == "one-pass",
@@ -88,9 +114,9 @@ def locate(
             "stack": stack.name,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
-            "residuals": [row for part in residuals for row in part],
-            "num_labels": torch.cat(counts).tolist(),
-            "layers_without_gradient": sorted(set().union(*dead)),
+            "residuals": residuals,
+            "num_labels": counts.tolist(),
+            "layers_without_gradient": sorted(dead),
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
@@ -126,10 +152,10 @@ def _counterfactuals(
         raise InputError("counterfactuals are of one batch, found an iterable of batches; call locate once for each")
     if config.combine != "sum":
         raise InputError(f"combine={config.combine!r} is defined from zero; use combine='sum', or no counterfactuals")
-    found = [given] if isinstance(given, Mapping) else list(given)
-    if not found:
+    others = [given] if isinstance(given, Mapping) else list(given)
+    if not others:
         raise InputError("no counterfactual batch: the iterable was empty; leave it out for the zero baseline")
-    return found
+    return others
 
 
 def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
@@ -149,41 +175,70 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
 Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor, set[int]]
 
 
-def _with_memory(
-    model: nn.Module,
-    sites: Sites,
-    stack: Stack,
-    batch: Batch,
-    others: Sequence[Batch],
-    config: LocateConfig,
-    nodes: torch.Tensor,
-    weights: torch.Tensor,
-    first: bool,
-) -> Located:
+@dataclass(frozen=True)
+class _Call:
+    """What is the same for every batch of a call; checked: what `plan` has found out about the model."""
+
+    model: nn.Module
+    sites: Sites
+    stack: Stack
+    config: LocateConfig
+    nodes: torch.Tensor
+    weights: torch.Tensor
+    checked: set[str] = field(default_factory=set)
+
+
+def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool) -> Located:
     """One batch, with as many steps per replay as memory holds; in halves where it does not hold one."""
+    config = call.config
     measure = config.residuals == "all" or (config.residuals == "first" and first)
     assert config.positions is not None
-    n = len(find_labels(batch).mask)
     try:
-        captured = capture(model, sites, stack, batch, config.positions)
+        captured = capture(call.model, call.sites, call.stack, batch, config.positions, call.checked)
         if others:
-            captured = from_mean(captured, sites, others, config.positions)
-        steps = min(len(nodes), memory.copies_that_fit(captured, config.memory_budget))
-        if steps or n == 1:
-            return _search(captured, config, nodes, weights, max(steps, 1), measure)
+            captured = with_baseline(captured, call.sites, others, config.positions)
+        steps = min(len(call.nodes), memory.copies_that_fit(captured, config.memory_budget))
+        if steps or captured.num_samples == 1:
+            search = _search if config.combine == "sum" else _joint
+            return search(captured, config, call.nodes, call.weights, max(steps, 1), measure)
     except torch.OutOfMemoryError as error:
-        if n == 1:
+        if len(batch["labels"]) == 1:
             raise InputError(
                 f"one step of one sample of {batch['labels'].shape[1]} tokens does not fit into memory; shorten it, or "
                 "choose a smaller dtype"
             ) from error
-    log.warning("%d samples do not fit into memory at once: going on with halves of them", n)
-    parts = [
-        _with_memory(model, sites, stack, half, half_others, config, nodes, weights, first)
-        for half, *half_others in zip(*(memory.halves(b, model.config) for b in (batch, *others)), strict=True)
-    ]
+    log.warning("%d samples do not fit into memory at once: going on with halves of them", len(batch["labels"]))
+    halves = zip(*(memory.halves(b, call.model.config) for b in (batch, *others)), strict=True)
+    return _joined([_with_memory(call, half, half_others, first) for half, *half_others in halves])
+
+
+def _joined(parts: list[Located]) -> Located:
+    """One after the other."""
     scores, paths, residuals, counts, dead = zip(*parts, strict=True)
-    return torch.cat(scores), torch.cat(paths), sum(residuals, []), torch.cat(counts), set().union(*dead)
+    rows = [row for part in residuals for row in part]
+    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts), set().union(*dead)
+
+
+def _joint(
+    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool
+) -> Located:
+    """Joint scores, NeuronPath's or the released code's, which have no completeness to measure."""
+    released = config.combine == "released"
+    if released and config.modality == "vision":
+        scores, path, dead = released_vision(captured, len(nodes), config.top_k)
+    else:
+        # at token 0, where the released code looks, there is no prefix to spare
+        route = captured if released else plan(captured, clean_states=False)[0]
+        scores, path, dead = joint_search(
+            route,
+            nodes.split(steps),
+            weights.split(steps),
+            lambda logits: objective_value(logits, route.labels, config.objective),
+            config.top_k,
+            greedy=config.search == "greedy",
+            released=released,
+        )
+    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu(), dead
 
 
 def _search(
@@ -197,18 +252,8 @@ def _search(
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective_value(logits, captured.labels, config.objective)
 
-    if config.combine != "sum":
-        if (config.modality, config.combine) == ("vision", "released"):
-            joint = released_vision(captured, len(nodes), config.top_k)
-        else:
-            # at token 0, where the released code looks, there is no prefix to spare
-            route = captured if config.combine == "released" else plan(captured, clean_states=False)[0]
-            options = config.top_k, config.search == "greedy", config.combine == "released"
-            joint = joint_search(route, nodes.split(steps), weights.split(steps), value_of, *options)
-        return joint[0], joint[1], [None] * n, captured.labels.mask.sum(1).cpu(), joint[2]
-
     independent = config.search != "greedy"
-    node_groups, silent = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
+    node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
     full = value_of(captured.logits)
 
     def scored(group: NodeGroup, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
@@ -218,34 +263,30 @@ def _search(
     scores, paths, totals, dead = [], [], [], set()
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
-        s2, carried, found = torch.zeros_like(s1), torch.zeros_like(full), False
+        s2, carried, has_gradient = torch.zeros_like(s1), torch.zeros_like(full), False
         for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
             carried += group.weights.to(carried) @ along_path
             if part is not None:
-                found = True
+                has_gradient = True
                 for total, new in zip((s1, s2), part, strict=True):
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
         totals.append(s1.sum(1) + carried)
         score = s1 if config.score == "igi" else s2
-        if not bool(score.isfinite().all()):
-            raise DivergedError(
-                f"scores of {captured.stack.name} layer {layer} are not finite; try a wider dtype than {act.dtype}"
-            )
-        path = score.sort(dim=1, descending=True, stable=True).indices[:, : config.top_k]
-        if not found:
+        path = strongest(score, config.top_k, f"{captured.stack.name} layer {layer}", act.dtype)
+        if not has_gradient:
             dead.add(layer)
             path = torch.full_like(path, -1)
         scores.append(score.float())
         paths.append(path)
         scaled = None if independent else path[captured.rows.sample]
-        if silent:
-            silent.advance(act, scaled)
+        if zero_node:
+            zero_node.advance(act, scaled)
         if layer + 1 < captured.stack.num_layers:
             for group in node_groups:
                 group.advance(act, scaled)
     residuals: list[Any] = [None] * n
-    if silent:
-        change = full - silent.values(steps, value_of)
+    if zero_node:
+        change = full - zero_node.values(steps, value_of)
         off = (torch.stack(totals) - change).abs()
         residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
     counted = captured.labels.mask.sum(1).cpu()

@@ -1,4 +1,4 @@
-"""What the cells of `mipfast demo --full` say together, as one dict of JSON-only values."""
+"""What the cells say together, as one dict of JSON-only values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from mipfast.demo.people import Question
-from mipfast.demo.trial import GROUPS, MODALITIES, ROWS
+from mipfast.demo.run import gap, table_row
 from mipfast.experiment.comparison import Measure, Scores, flags
+from mipfast.experiment.figures import GROUPS, MODALITIES
 
 RATED = ("MIP", "GradDiff", "NPO + retain", "retrained")  # beside the directions
 NOT_FORGOTTEN = 50.0  # percent of the forget questions
@@ -41,12 +42,6 @@ def agreement(questions: Sequence[Question], each: Sequence[Sequence[str]]) -> d
     return {kind: 100 * fmean(fmean(a[i] == b[i] for i in some) for a, b in pairs) for kind, some in at.items()}
 
 
-def gap(accuracy: dict[str, dict[str, float]]) -> float:
-    """Mean retain and general accuracy minus mean forget accuracy, in points."""
-    kept = [accuracy[group][kind] for group in GROUPS[1:] for kind in MODALITIES]
-    return fmean(kept) - fmean(accuracy["forget"].values())
-
-
 def flagged(accuracy: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> list[str]:
     """`flags` of a row, beside the model before."""
 
@@ -65,8 +60,8 @@ def region(accuracy: dict[str, dict[str, float]], said: Sequence[str]) -> str:
 
 
 def collect(cells: Cells, questions: Asked, options: dict[str, list[str]]) -> dict[str, Any]:
-    """cells: as `full.finish` gives them. questions: of a seed, those that "answers" answer. A cell that diverged gives
-    a flag and no number.
+    """cells: as `cells.finish` gives them. questions: of a seed, those that "answers" answer. A cell that diverged
+    gives a flag and no number.
 
     rows: as `report.write_report` takes them, and key, the row's name in ROWS. attacks: {attack: {row: {modality: [per
     seed]}}}. rates: {row: {"legal" and "gibberish": {modality: [per seed]}}}. directions: {"each": [{name, accuracy,
@@ -91,7 +86,7 @@ def collect(cells: Cells, questions: Asked, options: dict[str, list[str]]) -> di
         said.append({name: facts[name] for name in ("part", "row", "seed")} | {"flags": found})
     rows = dict.fromkeys(cell["facts"]["row"] for cell in every if cell["facts"]["part"] == "methods")
     return {
-        "rows": [_row(row, methods) for row in rows],
+        "rows": [{"key": row} | table_row(row, [c for c in methods if c["row"] == row]) for row in rows],
         "attacks": _attacks(methods, questions),
         "rates": _rates(methods, questions, options),
         "directions": _directions(parts.get("directions", []), questions, options),
@@ -111,18 +106,6 @@ def _each(cells: Cells, *keys: str) -> dict[str, list[float]]:
         for kind in value:
             found[kind].append(value[kind])
     return found
-
-
-def _row(row: str, methods: Cells) -> dict[str, Any]:
-    mine = [cell for cell in methods if cell["row"] == row]
-    return {
-        "key": row,
-        "name": row.removesuffix(" prune"),
-        "stage": ROWS[row].stage,
-        "note": ROWS[row].note,
-        "neurons": mine[0]["neurons"] if mine else None,
-        "accuracy": {group: _each(mine, "accuracy", group) for group in GROUPS},
-    }
 
 
 def _attacks(methods: Cells, questions: Asked) -> dict[str, dict[str, dict[str, list[float]]]]:

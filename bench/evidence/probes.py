@@ -15,13 +15,13 @@ from torch import nn
 
 from mipfast.demo import people
 from mipfast.demo.model import Batch, Encoder
+from mipfast.experiment.figures import MODALITIES
 from mipfast.judge import attacks
 from mipfast.judge.accuracy import evaluate
 
 if TYPE_CHECKING:
     from mipfast.demo.trial import Trial
 
-MODALITIES = ("text", "image")
 # nobody was trained on these; the base answers all of them
 FRAMES = (
     "Which {noun} has {who} ?",

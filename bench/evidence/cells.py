@@ -1,7 +1,8 @@
-"""`mipfast demo --full`: every row, attack and ablation on the demo's model, in cells that a stop leaves behind.
+"""Every row, attack and ablation on the demo's model, in cells that a stop leaves behind.
 
 A cell is one edit and all that is asked of it. OUT/cells/NAME.json holds
-    key: hash of versions, weights, settings and counts, not of code; facts: what the cell is, JSON; seconds: float
+    key: hash of versions, the base's weights, settings and counts, not of code
+    facts: what the cell is, JSON; seconds: float
     result: {"accuracy": {group: {modality: percent}}, "neurons": int or None, "answers": [a word per forget question],
         and as far as asked "attacks": {attack: {modality: float}}, "seen": {where: {modality: percent}}};
         or {"diverged": message}
@@ -25,6 +26,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from findings import collect
+from probes import PROBES
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -32,18 +35,19 @@ from mipfast._version import __version__
 from mipfast.demo import model as tiny
 from mipfast.demo import people, run
 from mipfast.demo import trial as trials
-from mipfast.demo.findings import collect
 from mipfast.demo.people import Question, Split
-from mipfast.demo.probes import PROBES
-from mipfast.demo.trial import MODALITIES, ROWS, SETTINGS, Trial, rmisu
+from mipfast.demo.trial import ROWS, SETTINGS, Trial, rmisu
 from mipfast.edit.neuron_path import NeuronPath
 from mipfast.errors import DivergedError
-from mipfast.files import clear_left_over, machine, versions, write_json
+from mipfast.experiment.figures import MODALITIES
+from mipfast.files import clear_left_over, machine, versions, write_atomic, write_json
 
 log = logging.getLogger("mipfast")
 
 SEEDS = (0, 1, 2)
-RATIO = run.REFERENCE_RATIO
+RATIO = 0.10
+# what a retrained reference depends on, beside versions and forget set
+RECIPE: dict[str, Any] = {"steps": tiny.TRAIN_STEPS, "lr": tiny.TRAIN_LR, "mix": tiny.TRAIN_MIX}
 ATTACKED = (
     *("before", "MIP", "random", "plain RMU", "MIP down", "MIP learned"),
     *("GradDiff", "NPO + retain", "RMU", "retrained"),
@@ -66,7 +70,9 @@ LIMITS = [
 class Bench:
     """The base model, and the trial of one forget set at a time, located when a cell first needs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, references: Path) -> None:
+        """references: folder of the retrained references."""
+        self.references = references
         self.base, self.encoder = run.load_base()
         self._trial: Trial | None = None
         self._is_located = False
@@ -82,6 +88,16 @@ class Bench:
             self._trial.locate()
             self._is_located = True
         return self._trial
+
+    def reference(self, seed: int) -> nn.Module:
+        """The model that never saw the forget people: found in the references' folder, or trained into it."""
+        folder = self.references / f"{seed}-{_hash([_common()['versions'], RATIO, RECIPE])}"
+        if not folder.exists():
+            log.info("training the reference of forget set %d", seed)
+            clear_left_over(self.references)
+            with torch.random.fork_rng():
+                write_atomic(folder, partial(tiny.trained, self.encoder, self.split(seed)))
+        return tiny.load(folder)
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ def method(seed: int, row: str, bench: Bench) -> dict[str, Any]:
             path = trial.prune_paths()[row]
             applied.enter_context(trial.pruned(path))
         elif row == "retrained":
-            model = tiny.load(run.WEIGHTS / f"retrained-{seed}")
+            model = bench.reference(seed)
         result = judged(trial, model, path.num_neurons or None)
         return result | ({"attacks": attacks(trial, model)} if row in ATTACKED else {})
 
@@ -207,9 +223,7 @@ def cells(seeds: Sequence[int]) -> list[Cell]:
         for row in ROWS:
             facts: dict[str, Any] = {"setting": asdict(SETTINGS[row])} if row in SETTINGS else {}
             if row == "retrained":
-                if seed not in run.REFERENCE_SEEDS:
-                    continue
-                facts["weights"] = _digest(run.WEIGHTS / f"retrained-{seed}" / "model.safetensors")
+                facts["recipe"] = RECIPE
             if row in ATTACKED:
                 facts |= {"probes": list(PROBES), "relearning": RELEARNING}
             add("methods", seed, row, partial(method, seed, row), **facts)
@@ -231,8 +245,8 @@ def cells(seeds: Sequence[int]) -> list[Cell]:
 
 
 def run_full(seeds: Sequence[int], out: Path, progress: bool = True) -> dict[str, Any]:
-    """Every cell, in out/cells, and what they say together: what `evidence.write` takes. "cells" holds them all."""
-    found = finish(cells(seeds), out / "cells", progress)
+    """Every cell, in out/cells, and what they say together: what `page.write` takes. "cells" holds them all."""
+    found = finish(cells(seeds), out, progress)
     world = people.build(seed=0)
 
     def asked(seed: int) -> list[Question]:
@@ -255,8 +269,9 @@ def run_full(seeds: Sequence[int], out: Path, progress: bool = True) -> dict[str
     }
 
 
-def finish(wanted: Sequence[Cell], folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
-    """Make the cells that folder does not hold yet; {name: what is on disk} of all of them, in order."""
+def finish(wanted: Sequence[Cell], out: Path, progress: bool) -> dict[str, dict[str, Any]]:
+    """Make the cells that out/cells does not hold yet; {name: what is on disk} of all of them, in order."""
+    folder = out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     clear_left_over(folder)
     common = _common()
@@ -265,7 +280,7 @@ def finish(wanted: Sequence[Cell], folder: Path, progress: bool) -> dict[str, di
     missing = [cell for cell in wanted if found[cell.name] is None]
     if len(missing) < len(wanted):
         log.info("%d of %d cells are in %s", len(wanted) - len(missing), len(wanted), folder)
-    bench = Bench() if missing else None
+    bench = Bench(out / "references") if missing else None
     with tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="cell", disable=not progress) as bar:
         for cell in missing:
             assert bench is not None

@@ -1,4 +1,4 @@
-"""The pictures of `mipfast demo --full`, from the dict of `findings.collect`."""
+"""The pictures of the page, from the dict of `findings.collect`."""
 
 from __future__ import annotations
 
