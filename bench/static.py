@@ -84,7 +84,8 @@ def cases(arch):
                 yield label, lambda g=grad, a=act: riemann_accumulate(g, steps, a, 64)
                 yield f"{label}, all", lambda a=act: riemann_interpolate(a, steps, None)
                 yield f"{label}, named", lambda a=act, n=named: riemann_interpolate(a, steps, n)
-                yield f"{label}, named", lambda a=act, w=weight, n=named: riemann_project(a, w, steps, n)
+                base = tensor(64, HIDDEN, dtype=dtype)
+                yield f"{label}, named", lambda b=base, a=act, w=weight, n=named: riemann_project(b, a, w, steps, n)
             grad, act = tensor(STEPS, 1024, HIDDEN, dtype=dtype), tensor(1024, neurons, dtype=dtype)
             for tile in TILES[arch][dtype.itemsize]:
                 case = f"{label}, tile {'x'.join(map(str, tile[:3]))}, {tile[3]} warps"
@@ -93,7 +94,6 @@ def cases(arch):
                 if neurons == NEURONS[0]:
                     yield f"{case}, rows kept", partial(product, 1024)
         hidden, kept = tensor(512, HIDDEN, dtype=dtype), tensor(512, dtype=torch.int8)
-        yield f"{name}, all", lambda a=act, w=weight: riemann_project(a, w, steps, None)
         yield f"{name}, masked", lambda h=hidden, k=kept: misdirection_loss(h, h[0], k)
         yield f"{name}, masked", lambda h=hidden, k=kept: misdirection_gradient(h, h[0], k, tensor())
         yield name, lambda a=act: swiglu(a, a)

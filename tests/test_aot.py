@@ -33,7 +33,7 @@ one, named = tensor(1, dtype=torch.float32), tensor(1, 1, dtype=torch.int64)
 for f, h, weight in (1, 1, tensor(1, 1)), (16, 1, tensor(1, 16)), (48, 80, tensor(48, 80).t()):
     static.riemann_accumulate(tensor(1, 1, f), one, None, 1)
     static.riemann_interpolate(tensor(1, f), one, named)
-    static.riemann_project(tensor(1, f), weight, one, named)
+    static.riemann_project(tensor(1, h), tensor(1, f), weight, one, named)
     static.misdirection_loss(tensor(1, f), tensor(f), None)
     static.misdirection_gradient(tensor(1, f), tensor(f), None, one[0])
     static.swiglu(tensor(1, f), tensor(1, f))

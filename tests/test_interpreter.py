@@ -15,6 +15,7 @@ KERNEL_TESTS = [
     "test_project_accumulate.py",
     "test_misdirection_loss.py",
     "test_swiglu.py",
+    "test_every_op.py",
     "test_locate_backends.py",
 ]
 

@@ -391,6 +391,32 @@ def test_a_wrapped_model_is_the_model_inside(kind, one_process):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["graddiff", "all", "path"])
+def test_inside_autocast_a_loop_trains_on(name):
+    model = tiny_llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = logits(model, BATCH)
+        losses = LOOPS[name](model)["forget_loss"]
+        assert losses[-1] < losses[0] - 0.01 and not torch.equal(logits(model, BATCH), before)
+
+
+UNDONE = {
+    "prune": lambda model: prune(model, NEURONS),
+    "quantised": attacks.quantised,
+    "relearned": lambda model: attacks.relearned(model, FORGET),
+}
+
+
+@pytest.mark.parametrize("edit", UNDONE)
+def test_inside_autocast_an_edit_and_its_end_reach_the_next_forward_pass(edit):
+    model = tiny_llama()
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        before = model(**BATCH).loss
+        with UNDONE[edit](model):
+            assert model(**BATCH).loss != before
+        assert model(**BATCH).loss == before
+
+
 def test_hooks_that_a_compiled_model_would_not_see_are_refused():
     model = tiny_llama()
     for wrapped in (compiled(model), compiled_block(model)):

@@ -92,8 +92,7 @@ def project_accumulate_kernel(
 ):  # fmt: skip
     SEGMENTS: tl.constexpr = BLOCK_T // SPAN
     neurons *= ALIGNED
-    stride_weight_h *= ALIGNED
-    stride_act_r *= ALIGNED
+    stride_weight_h = tl.cast(stride_weight_h, tl.int64) * ALIGNED
     tiles_t = tl.cdiv(groups, SEGMENTS) * splits
     tiles_f = tl.cdiv(neurons, BLOCK_F)
     i_band = tl.program_id(0) // (SWIZZLE * tiles_f)
@@ -138,12 +137,13 @@ def project_accumulate_kernel(
         b_g = tl.dot(b_dy, b_w, b_g, input_precision="ieee")
         p_dy += BLOCK_H * tl.cast(stride_grad_h, tl.int64)
         if not TMA:
-            p_w += BLOCK_H * tl.cast(stride_weight_h, tl.int64)
+            p_w += BLOCK_H * stride_weight_h
 
     i_out = i_first + tl.arange(0, SEGMENTS)
     o_out = (i_split.to(tl.int64) * groups + i_out) * neurons
+    # not multiplied by ALIGNED above, as the others are: 64-bit, it would live in registers through the product
     _write_sums(
-        b_g, tl.load(p_weights + i_k), p_act + i_r * stride_act_r if HAS_ACT else i_r, is_pair,
+        b_g, tl.load(p_weights + i_k), p_act + i_r * stride_act_r * ALIGNED if HAS_ACT else i_r, is_pair,
         p_s1, p_s2, o_out, i_out < groups, i_f * BLOCK_F, neurons, stride_act_f, HAS_ACT, SEGMENTS, BLOCK_T, BLOCK_F,
     )  # fmt: skip
 

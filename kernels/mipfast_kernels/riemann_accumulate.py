@@ -27,10 +27,10 @@ def riemann_accumulate_kernel(
     HAS_ACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     neurons *= ALIGNED
-    stride_grad_k *= ALIGNED
-    stride_grad_r *= ALIGNED
-    stride_act_r *= ALIGNED
-    # 64-bit from here on: steps * R * F passes 2^31 at 20 steps of 8192 rows of 18944 neurons
+    # 64-bit from here on: R * F passes 2^31 at 113,360 rows of 18944 neurons, and is the stride of a step
+    stride_grad_k = tl.cast(stride_grad_k, tl.int64) * ALIGNED
+    stride_grad_r = tl.cast(stride_grad_r, tl.int64) * ALIGNED
+    stride_act_r = tl.cast(stride_act_r, tl.int64) * ALIGNED
     i_group = (tl.program_id(0) % groups).to(tl.int64)
     i_split = (tl.program_id(0) // groups).to(tl.int64)
     o_f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)

@@ -21,8 +21,10 @@ def riemann_interpolate_kernel(
     HAS_NAMED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     neurons *= ALIGNED
-    stride_act_r *= ALIGNED
-    i_r = tl.program_id(0).to(tl.int64)  # 64-bit from here on: steps * R * F passes 2^31
+    # 64-bit from here on: steps * R * F passes 2^31
+    stride_act_r = tl.cast(stride_act_r, tl.int64) * ALIGNED
+    stride_named_i = tl.cast(stride_named_i, tl.int64)
+    i_r = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = o_f < neurons
     b_a = tl.load(p_act + i_r * stride_act_r + o_f.to(tl.int64) * stride_act_f, mask=mask, other=0.0).to(tl.float32)

@@ -20,10 +20,35 @@ from mipfast.model.sites import Sites, check_layer, find_sites
 def hidden_states(
     model: Any, batch: Batch, layer: int, positions: Positions = "last_prompt", sites: Sites | None = None
 ) -> torch.Tensor:
-    """Hidden states [T,D] behind one text block at the chosen positions of a batch with labels. The forward pass ends
-    there; tokens that no chosen position sees are left out, and the block's FFN runs at the chosen positions only.
+    """Hidden states behind one text block, where RMisU steers them (arXiv 2511.06793 section 3.3).
 
-    sites: find_sites(model), where it is called often. Raises InputError where the block does not run."""
+    The forward pass ends there; tokens that no chosen position sees are left out, and the block's FFN runs at the
+    chosen positions only. Differentiable.
+
+    Args:
+        model: a transformers causal or vision-language model, perhaps inside PEFT's or torch.compile's wrapper.
+        batch: what model(**batch) takes, with labels [n,S] (-100 = not scored).
+        layer: the text block, from 0.
+        positions: which tokens: last_prompt, answer, first, prompt, all, or indices [P] or [n,P].
+        sites: find_sites(model), where it is called often.
+
+    Returns:
+        [T,D] of the model's dtype: the T chosen tokens, sample by sample.
+
+    Raises:
+        InputError: a layer that the model does not have, a batch that cannot be used, or a block that does not run.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import mipfast
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+        >>> ids = torch.tensor([[1, 5, 9, 7]])
+        >>> batch = {"input_ids": ids, "labels": torch.where(ids == 7, ids, -100)}
+        >>> mipfast.hidden_states(model, batch, layer=0).shape
+        torch.Size([1, 16])
+    """
     model = unwrapped(model)
     stack = (sites or find_sites(model)).text
     check_layer(layer, stack)

@@ -40,6 +40,7 @@ class Slice:
     def write(self, values: torch.Tensor) -> None:
         with torch.no_grad():
             self.parameter.index_copy_(self.dim, self.index, values.to(self.parameter.dtype))
+        torch.clear_autocast_cache()  # inside the caller's autocast, casts of the old values
 
 
 def neuron_slices(sites: Sites, stack: str, layer: int, index: torch.Tensor) -> tuple[list[Slice], list[Slice]]:

@@ -54,6 +54,7 @@ class Leaf:
         """Put what was learned into the model."""
         if self.hook:
             self.parameter.data.copy_(self.tensor.detach())
+        torch.clear_autocast_cache()  # inside the caller's autocast, casts of the old values
 
     def remove(self) -> None:
         if self.hook:
@@ -147,6 +148,7 @@ def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
                     part.write(values)
                 else:
                     part.data.copy_(values)
+            torch.clear_autocast_cache()
             raise
         finally:
             for leaf in leaves:

@@ -65,9 +65,11 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                torch.clear_autocast_cache()  # inside the caller's autocast, casts of the old values
         yield
     finally:
         model.load_state_dict(before)
+        torch.clear_autocast_cache()
 
 
 def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch], k: float = 0.2) -> dict[str, float]:
@@ -174,10 +176,12 @@ def quantised(model: Any, bits: int = 4) -> Iterator[None]:
             if id(weight := module.weight) not in before:
                 before[id(weight)] = weight, weight.detach().clone()
                 weight.data.copy_(_rounded(weight.detach(), bits, dim=1 if isinstance(module, nn.Linear) else 0))
+        torch.clear_autocast_cache()
         yield
     finally:
         for weight, original in before.values():
             weight.data.copy_(original)
+        torch.clear_autocast_cache()
 
 
 def _rounded(weight: torch.Tensor, bits: int, dim: int) -> torch.Tensor:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from mipfast.errors import InputError
 from mipfast.ops import reference
+from mipfast.ops.autocast import without_autocast
 from mipfast.ops.backends import KERNEL_DTYPES, choose
 from mipfast.ops.checks import check_groups, check_tensor
 from mipfast.ops.frozen_linear import linear
@@ -30,7 +32,8 @@ def project_accumulate(
         s1, s2 [G, F], or [R, F] with groups=None; float32 (float64 for a float64 grad_out). Not differentiable.
 
     Raises:
-        InputError: shapes, dtypes or devices do not fit together, or groups does not divide the rows.
+        InputError: shapes, dtypes or devices do not fit together, groups does not divide the rows, or (triton) m R
+            passes 2^30.
         BackendError: the backend asked for by `ops.backend` cannot take grad_out.
 
     Example:
@@ -59,20 +62,24 @@ def project_accumulate(
     mutates_args=(),
     schema="(Tensor grad_out, Tensor weight, Tensor weights, Tensor? act, int? groups) -> (Tensor, Tensor)",
 )
+@without_autocast
 def _op(grad_out, weight, weights, act, groups):
     name = choose(grad_out)
     if name == "reference" or grad_out.numel() == 0:
         return reference.project_accumulate(grad_out, weight, weights, act=act, groups=groups)
     if name != "triton":
         grad = linear(grad_out.to(torch.float32), weight.to(torch.float32).t())
-        return accumulate_by(name, grad.to(torch.float32), weights, act, groups)  # autocast may have made it another
+        return accumulate_by(name, grad, weights, act, groups)
     from mipfast_kernels.project_accumulate import project_accumulate as launch
 
+    steps, rows, _ = grad_out.shape
+    if steps * rows > 2**30:  # the kernel counts them in 32 bits: a 64-bit division would slow every call
+        raise InputError(f"project_accumulate: {steps} x {rows} rows, triton takes at most 2^30 in all; split them")
     if act is not None and act.dtype not in KERNEL_DTYPES:
         act = act.to(torch.float32)
     if weight.dtype != grad_out.dtype:
         grad_out, weight = grad_out.to(torch.float32), weight.to(torch.float32)
-    groups = grad_out.shape[1] if groups is None else groups
+    groups = rows if groups is None else groups
     return launch(grad_out, weight, weights.to(torch.float32).contiguous(), act, groups)
 
 

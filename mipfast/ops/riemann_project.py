@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mipfast.errors import InputError
 from mipfast.ops import reference
+from mipfast.ops.autocast import without_autocast
 from mipfast.ops.backends import call_extension, choose
 from mipfast.ops.checks import check_neurons, check_tensor, untraced
 from mipfast.ops.frozen_linear import linear
@@ -49,21 +50,21 @@ def riemann_project(act: Tensor, weight: Tensor, alphas: Tensor, neurons: Tensor
     return (_project if untraced(act, weight, alphas, neurons, constant=True) else _op)(act, weight, alphas, neurons)
 
 
+@without_autocast
 def _project(act, weight, alphas, neurons):
     name = choose(act)
     if name == "reference" or act.numel() == 0 or weight.numel() == 0:
         return reference.riemann_project(act, weight, alphas, neurons)
-    if neurons is not None:
-        neurons = _deduplicated(neurons)
+    base = linear(act, weight).contiguous()
+    if neurons is None:
+        return interpolate(base, alphas, None)
+    neurons = _deduplicated(neurons)
     if name == "triton":
         from mipfast_kernels.riemann_project import riemann_project as launch
 
-        return launch(act, weight, alphas.to(torch.float32).contiguous(), neurons)
-    base = linear(act, weight).to(act.dtype)  # autocast may have made it another
-    if neurons is None:
-        return interpolate(base, alphas, None)
+        return launch(base, act, weight, alphas.to(torch.float32).contiguous(), neurons)
     if name == "cpp":
-        return _cpp(base.contiguous(), act, weight, alphas.to(torch.float32).contiguous(), neurons)
+        return _cpp(base, act, weight, alphas.to(torch.float32).contiguous(), neurons)
     values = act.gather(1, neurons.clamp(min=0)).masked_fill(neurons < 0, 0)
     moving = (values[:, None] @ weight.t()[neurons.clamp(min=0)])[:, 0]
     steps = (alphas.to(torch.float32) - 1)[:, None, None]
@@ -100,6 +101,7 @@ def _(act, weight, alphas, neurons):
     return act.new_empty(alphas.shape[0], act.shape[0], weight.shape[0])
 
 
+@without_autocast
 def _backward(ctx, d_out):
     act, weight, alphas, neurons = ctx.saved_tensors
     chosen = None if neurons is None else reference.named(neurons, act.shape[1])
