@@ -26,13 +26,13 @@ from mipfast import ops
 from mipfast.edit.config import RMisUConfig, check_steps
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import steering_layer
-from mipfast.edit.prune import prune
+from mipfast.edit.prune import check_prunable, prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import DivergedError, InputError, configured
 from mipfast.model.batch import Batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
-from mipfast.model.patching import frozen_eval, removing
+from mipfast.model.patching import frozen_eval, removing, unwrapped
 from mipfast.model.sites import Stack, find_sites
 
 Numbered = Mapping[int, Batch]  # batches by their numbers
@@ -323,8 +323,8 @@ def run(
     """Unlearn in place by a method that RMisU is compared with.
 
     Trained is, in eval mode, every parameter that requires a gradient (freeze what should stay; of a PeftModel the
-    adapter), RMU's three projections, or nothing: MANU prunes for good. After an error the model is what the steps
-    before made of it: keep its weights if that matters.
+    adapter), RMU's three projections, or nothing: MANU prunes for good. After any error or interruption the model is
+    what it was, bit for bit: what trains is kept on the CPU meanwhile.
 
     Args:
         model: a transformers model.
@@ -339,6 +339,7 @@ def run(
 
     Raises:
         InputError: for an unknown method, or where nothing could train.
+        ModelError: for weights that training, or MANU's prune, would not reach: offloaded, sharded or quantised.
         DivergedError: for a loss that is not finite.
 
     Example:
@@ -360,7 +361,9 @@ def run(
     if not isinstance(method, Method | MANU):
         raise InputError(f"method={method!r}; expected {', '.join(METHODS)}, or an instance of mipfast.baselines'")
     forget, retain = take_batches(forget, retain)
+    model = unwrapped(model)
     if isinstance(method, MANU):
+        check_prunable(model, find_sites(model).stacks)
         path = method.path(model, forget, retain)
         prune(model, path).commit()
         return _report(method, config, started, path=path, steps=0, trained={}, forget_loss=[], retain_loss=[])

@@ -12,7 +12,7 @@ from mipfast.edit.prune import active_prunes
 from mipfast.errors import InputError
 from mipfast.model import families
 from mipfast.model.batch import Batch, check_inputs, image_token, without_labels
-from mipfast.model.patching import removing, unwrapped
+from mipfast.model.patching import plain_forward, removing, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import Sites, check_layer, find_sites
 
@@ -26,7 +26,7 @@ def hidden_states(
     chosen positions only. Differentiable.
 
     Args:
-        model: a transformers causal or vision-language model, perhaps inside PEFT's wrapper.
+        model: a transformers causal or vision-language model, perhaps inside PEFT's or torch.compile's wrapper.
         batch: what model(**batch) takes, with labels [n,S] (-100 = not scored).
         layer: the text block, from 0.
         positions: which tokens: last_prompt, answer, first, prompt, all, or indices [P] or [n,P].
@@ -49,6 +49,7 @@ def hidden_states(
         >>> mipfast.hidden_states(model, batch, layer=0).shape
         torch.Size([1, 16])
     """
+    model = unwrapped(model)
     stack = (sites or find_sites(model)).text
     check_layer(layer, stack)
     check_inputs(model, batch)
@@ -66,7 +67,7 @@ def hidden_states(
     def stop(module: nn.Module, args: tuple, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    with ExitStack() as hooks:
+    with plain_forward(model), ExitStack() as hooks:
         if not _hooked(model):
             hooks.enter_context(removing(ffn.register_forward_pre_hook(gather)))
             hooks.enter_context(removing(ffn.register_forward_hook(scatter)))
@@ -86,7 +87,7 @@ def _seen(model: Any, batch: Batch, rows: torch.Tensor) -> tuple[dict[str, Any],
     inputs, shape = without_labels(batch), batch["labels"].shape
     stop = int((rows % shape[1]).max()) + 1
     tokenwise = {name: value for name, value in inputs.items() if name in families.CUT_WITH_TEXT}
-    picture = image_token(unwrapped(model).config)
+    picture = image_token(model.config)
     if (
         _hooked(model)
         or "input_ids" not in inputs

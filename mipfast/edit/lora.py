@@ -10,6 +10,7 @@ from torch import nn
 
 from mipfast.edit.prune import Neurons, Slice, active_prunes, neuron_slices
 from mipfast.errors import InputError
+from mipfast.model.patching import unwrapped
 from mipfast.model.sites import Sites, find_sites
 
 NAME = "default"
@@ -38,7 +39,7 @@ def remove_adapter(model: Any) -> None:
         for name, child in module.named_children():
             if hasattr(child, "lora_A"):
                 setattr(module, name, child.base_layer)
-    del model.peft_config
+    vars(model).pop("peft_config", None)
     model._hf_peft_config_loaded = False
     for parameter in vars(model).pop(TRAINABLE):
         parameter.requires_grad_()
@@ -91,6 +92,7 @@ def fold_prune(model: Any) -> None:
         >>> model.model.layers[0].mlp.down_proj.lora_A["default"].weight.shape  # rank 8, and 2 columns
         torch.Size([10, 24])
     """
+    model = unwrapped(model)
     prunes, config = active_prunes(model), getattr(model, "peft_config", {}).get(NAME)
     if config is None or not prunes or prunes[-1].mode != "weights":
         raise InputError(
@@ -138,9 +140,12 @@ def _inject(model: Any, names: list[str], rank: int, alpha: int, **patterns: Any
         )
     transposed = find_sites(model).text.transposed
     setattr(model, TRAINABLE, [p for p in model.parameters() if p.requires_grad])
-    model.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, **patterns), NAME
-    )
+    adapter = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, fan_in_fan_out=transposed, **patterns)
+    try:
+        model.add_adapter(adapter, NAME)
+    except BaseException:
+        remove_adapter(model)
+        raise
 
 
 def _names(model: nn.Module, modules: list[nn.Module]) -> list[str]:

@@ -24,6 +24,7 @@ from mipfast.edit.steering import find_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import InputError, configured
 from mipfast.model.batch import Batch
+from mipfast.model.patching import unwrapped
 from mipfast.model.sites import Sites, check_layer, find_sites
 
 log = logging.getLogger("mipfast")
@@ -80,7 +81,8 @@ def misdirect(
     at those of the model before any prune still in force.
 
     Args:
-        model: a transformers model; weights outside the path stay as they are, bit for bit.
+        model: a transformers model; weights outside the path stay as they are, bit for bit, and after any error or
+            interruption all do (what trains is kept on the CPU meanwhile).
         path: {(stack, layer): indices [k]} to train, such as a `NeuronPath`.
         forget: batches as model(**batch) takes them, with labels; of a sequence a batch is asked for when its step
             comes, so that it may be made then.
@@ -97,6 +99,8 @@ def misdirect(
     Raises:
         InputError: for settings or batches that cannot be used, and where nothing could train.
         ArtefactError: for another model's path.
+        ModelError: for weights that training would not reach: offloaded, sharded, quantised or made anew in every
+            forward pass.
         DivergedError: for a loss that is not finite.
 
     Example:
@@ -112,8 +116,9 @@ def misdirect(
         (2, {'model.layers/0': 96})
     """
     started = time.monotonic()
-    sites = check_neurons(model, path)
     config = configured(RMisUConfig, config, overrides)
+    sites, path = check_neurons(model, path, written=config.trainable != "lora")
+    model = unwrapped(model)
     layer = steering_layer(config, sites)
     forget, retain = take_batches(forget, retain)
     steps = config.steps if config.steps is not None else config.epochs * len(forget)

@@ -158,6 +158,7 @@ def learned_direction(
     batches = batches if isinstance(batches, Sequence | Subset) else list(batches)
     if not len(batches):
         raise InputError("0 batches; expected at least one")
+    model = unwrapped(model)
     check_layer(layer, find_sites(model).text)
     if not isinstance(length, int | float) or not 0 < length < math.inf:
         raise InputError(f"length={length!r}; expected a positive number, as steering_target(...).norm().item()")

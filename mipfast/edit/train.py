@@ -19,6 +19,7 @@ from mipfast.errors import DivergedError, InputError
 from mipfast.model import families
 from mipfast.model.batch import Batch, check_many
 from mipfast.model.patching import frozen_eval
+from mipfast.model.weights import check_weights
 
 log = logging.getLogger("mipfast")
 
@@ -53,6 +54,7 @@ class Leaf:
         """Put what was learned into the model."""
         if self.hook:
             self.parameter.data.copy_(self.tensor.detach())
+        torch.clear_autocast_cache()  # inside the caller's autocast, casts of the old values
 
     def remove(self) -> None:
         if self.hook:
@@ -67,8 +69,6 @@ class SliceLeaf:
         self.name, self.part = name, part
         if not isinstance(projection, nn.Linear) and type(projection).__name__ not in families.TRANSPOSED:
             raise InputError(f"{name}: slices of a {type(projection).__name__} cannot be trained; expected nn.Linear")
-        if not part.parameter.is_floating_point():
-            raise InputError(f"{name}: weights of {part.parameter.dtype} cannot be trained; dequantise the model first")
         values = part.read()
         self.tensor = nn.Parameter(values if values.dtype == torch.float64 else values.float())
         transposed = not isinstance(projection, nn.Linear)
@@ -128,12 +128,28 @@ Leaves = list[Leaf | SliceLeaf]
 
 @contextmanager
 def training(model: nn.Module, trainable: Trainable) -> Iterator[Leaves]:
-    """The leaves of what is to train, in eval mode (no dropout) and nothing else trainable; undone on the way out."""
-    whole = [part for parts in trainable.values() for part in parts if not isinstance(part, Slice)]
+    """The leaves of what is to train, in eval mode (no dropout) and nothing else trainable; undone on the way out.
+
+    After an error or an interruption the weights are given back, bit for bit: what trains is kept on the CPU meanwhile.
+    Raises ModelError for weights that training would not reach."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = [(key, part) for key, some in trainable.items() for part in some]
+    weights = [(key, part.parameter if isinstance(part, Slice) else part) for key, part in parts]
+    check_weights((names.get(id(weight), key), weight) for key, weight in weights)
+    whole = [part for _, part in parts if not isinstance(part, Slice)]
+    before = [(part.read() if isinstance(part, Slice) else part.detach()).to("cpu", copy=True) for _, part in parts]
     with frozen_eval(model, whole):
         leaves = make_leaves(model, trainable)
         try:
             yield leaves
+        except BaseException:
+            for (_, part), values in zip(parts, before, strict=True):
+                if isinstance(part, Slice):
+                    part.write(values)
+                else:
+                    part.data.copy_(values)
+            torch.clear_autocast_cache()
+            raise
         finally:
             for leaf in leaves:
                 leaf.remove()

@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from mipfast.edit.config import MIPConfig
-from mipfast.edit.lora import fold_prune
+from mipfast.edit.lora import TRAINABLE, fold_prune, remove_adapter
 from mipfast.edit.misdirect import misdirect, steering_layer
 from mipfast.edit.neuron_path import NeuronPath
-from mipfast.edit.prune import prune
+from mipfast.edit.prune import active_prunes, check_prunable, prune
 from mipfast.edit.train import take_batches
 from mipfast.errors import InputError, configured
 from mipfast.model.batch import Batch, find_labels
+from mipfast.model.patching import unwrapped
 from mipfast.model.sites import Sites, find_sites
 from mipfast.scoring.attribution import Attribution
 from mipfast.scoring.search import locate
@@ -46,8 +47,11 @@ def unlearn(
 
     Raises:
         InputError: for settings or batches that cannot be used, before anything runs.
-        ModelError: for a model whose neurons cannot be found.
-        DivergedError: for scores or a loss that are not finite. After any error the model is what it was.
+        ModelError: for a model whose neurons cannot be found, or whose weights a prune would not reach (see `prune`),
+            before anything runs.
+        DivergedError: for scores or a loss that are not finite.
+
+    After any error or interruption the model is what it was, bit for bit.
 
     Example:
         >>> import torch
@@ -70,6 +74,8 @@ def unlearn(
                 find_labels(batch)
             except InputError as error:
                 raise InputError(f"{name} batch {i}: {error}") from error
+    model, sites = unwrapped(model), find_sites(model)
+    check_prunable(model, sites.stacks if config.vision else [sites.text])
     path, located = locate_path(model, forget, retain, config)
     return {
         "path": path,
@@ -82,18 +88,23 @@ def unlearn(
 def edit(
     model: nn.Module, path: NeuronPath, forget: Iterable[Batch], retain: Iterable[Batch], config: MIPConfig
 ) -> dict[str, Any]:
-    """Prune the path for good and misdirect what it carried, in place; misdirect's report. A model that could not be
-    misdirected is given back as it was."""
+    """Prune the path for good and misdirect what it carried, in place; misdirect's report. After any error or
+    interruption the model is what it was."""
+    model = unwrapped(model)
+    adapted = TRAINABLE in vars(model)
     handle = prune(model, path)
     try:
         report = misdirect(model, path, forget, retain, replace(config.rmisu, progress=config.progress))
+        if config.rmisu.trainable == "lora":
+            fold_prune(model)
+        else:
+            handle.commit()
     except BaseException:
-        handle.undo()
+        if not adapted and TRAINABLE in vars(model):
+            remove_adapter(model)
+        if handle in active_prunes(model):
+            handle.undo()
         raise
-    if config.rmisu.trainable == "lora":
-        fold_prune(model)
-    else:
-        handle.commit()
     return report
 
 

@@ -53,6 +53,7 @@ class RMisUTrainer(Trainer):
     Raises:
         InputError: for what it cannot train.
         ArtefactError: for another model's path.
+        ModelError: for weights that training would not reach, as `misdirect`.
 
     Example:
         >>> import tempfile, torch
@@ -84,7 +85,7 @@ class RMisUTrainer(Trainer):
         self, model: nn.Module, args: Any = None, *, path: Neurons, rmisu: RMisUConfig | None = None, **kwargs
     ):
         self.rmisu = configured(RMisUConfig, rmisu, {})
-        sites = check_neurons(model, path)
+        sites, self.path = check_neurons(model, path, written=True)
         if self.rmisu.trainable not in ("path", "down"):
             raise InputError(
                 f"trainable={self.rmisu.trainable!r}; RMisUTrainer takes path or down, misdirect the others"
@@ -92,7 +93,6 @@ class RMisUTrainer(Trainer):
         if kwargs.get("optimizers", (None, None)) != (None, None):
             raise InputError("optimizers cannot be given: they would not hold the path's slices; use args.optim")
         self._layer = steering_layer(self.rmisu, sites)
-        self.path = path
         self._leaves = []
         super().__init__(model=model, args=args, **kwargs)
         self._examples_collator, self.data_collator = self.data_collator, self._collate
@@ -102,7 +102,8 @@ class RMisUTrainer(Trainer):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train. Raises InputError where nothing trained, DivergedError for a loss that is not finite."""
+        """As Trainer.train. Raises InputError where nothing trained, DivergedError for a loss that is not finite. After
+        any error or interruption the weights are those that train() found; a checkpoint keeps what was learned."""
         self._sites = find_sites(self.model)
         neurons, _ = neurons_below(self.path, self._sites, self._layer, self.rmisu.trainable)
         check_no_hook(self.model, neurons)
@@ -112,8 +113,8 @@ class RMisUTrainer(Trainer):
             self._moved = None
             self._target, likely = self._measure_target()
             result = super().train(*args, **kwargs)
-        if self._moved is False:
-            raise InputError(f"no gradient reached {', '.join(sorted({leaf.name for leaf in self._leaves}))}")
+            if self._moved is False:
+                raise InputError(f"no gradient reached {', '.join(sorted({leaf.name for leaf in self._leaves}))}")
         result.metrics.update(likely)
         return result
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError
 from mipfast.model.batch import Batch, check_inputs, find_labels, without_labels
-from mipfast.model.patching import frozen_eval
+from mipfast.model.patching import frozen_eval, unwrapped
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
         >>> found.predicted == [[answer]], found.accuracy
         (True, 100.0)
     """
+    model = unwrapped(model)
     predicted: list[list[int]] = []
     hits: list[bool] = []
     with frozen_eval(model), torch.no_grad():

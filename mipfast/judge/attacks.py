@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mipfast.errors import DivergedError, InputError, ModelError
+from mipfast.errors import DivergedError, InputError
 from mipfast.judge import metrics
 from mipfast.model import families
 from mipfast.model.batch import Batch, check_many, find_labels
 from mipfast.model.likelihood import token_nll
 from mipfast.model.patching import frozen_eval, unwrapped
+from mipfast.model.weights import check_weights
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
 
     Raises:
         InputError: for lr that is not positive, one batch in the place of many or a batch without labels.
+        ModelError: for weights that training would not reach: offloaded, sharded or quantised.
         DivergedError: for a loss that is not finite.
 
     Example:
@@ -49,6 +51,8 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
     check_many("batches", batches)
     if not isinstance(lr, int | float) or not lr > 0:
         raise InputError(f"lr={lr!r}; expected a positive number")
+    model = unwrapped(model)
+    check_weights(model.named_parameters())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with frozen_eval(model, model.parameters()):
@@ -61,9 +65,11 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                torch.clear_autocast_cache()  # inside the caller's autocast, casts of the old values
         yield
     finally:
         model.load_state_dict(before)
+        torch.clear_autocast_cache()
 
 
 def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch], k: float = 0.2) -> dict[str, float]:
@@ -109,6 +115,7 @@ def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch],
 
 def _likelihoods(model: Any, batches: Iterable[Batch], k: float) -> dict[str, list[float]]:
     """{"loss", "min_k": the likelihood of every sample}."""
+    model = unwrapped(model)
     scores: dict[str, list[float]] = {"loss": [], "min_k": []}
     with frozen_eval(model), torch.no_grad():
         for batch in batches:
@@ -139,7 +146,8 @@ def quantised(model: Any, bits: int = 4) -> Iterator[None]:
 
     Raises:
         InputError: for other bits.
-        ModelError: for weights that are integers already.
+        ModelError: for weights that rounding would not reach: integers already, offloaded, sharded, or made anew in
+            every forward pass.
 
     Example:
         >>> import torch
@@ -154,22 +162,26 @@ def quantised(model: Any, bits: int = 4) -> Iterator[None]:
     """
     if bits not in range(2, 9):
         raise InputError(f"bits={bits!r}; expected 2 to 8")
-    embeddings = (unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings())
-    kept = {id(embedding.weight) for embedding in embeddings if embedding is not None}
+    model = unwrapped(model)
+    kept = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
+    projections = {  # Conv1D's weights are [in, out]
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(module.weight) not in kept
+    }
+    check_weights((f"{name}.weight", module.weight) for name, module in projections.items())
     before: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
     try:
-        for name, module in model.named_modules():
-            transposed = type(module).__name__ in families.TRANSPOSED
-            if not (transposed or isinstance(module, nn.Linear)) or id(weight := module.weight) in kept | before.keys():
-                continue
-            if not weight.is_floating_point():
-                raise ModelError(f"{name}.weight is {weight.dtype}; expected a model that is not quantised yet")
-            before[id(weight)] = weight, weight.detach().clone()
-            weight.data.copy_(_rounded(weight.detach(), bits, dim=0 if transposed else 1))
+        for module in projections.values():
+            if id(weight := module.weight) not in before:
+                before[id(weight)] = weight, weight.detach().clone()
+                weight.data.copy_(_rounded(weight.detach(), bits, dim=1 if isinstance(module, nn.Linear) else 0))
+        torch.clear_autocast_cache()
         yield
     finally:
         for weight, original in before.values():
             weight.data.copy_(original)
+        torch.clear_autocast_cache()
 
 
 def _rounded(weight: torch.Tensor, bits: int, dim: int) -> torch.Tensor:

@@ -151,7 +151,7 @@ def evaluate_records(
         >>> read_records(folder).rows == judged.rows
         True
     """
-    records = list(records)
+    model, records = unwrapped(model), list(records)
     _check(records, batch_size, max_new_tokens)
     runner = _Runner(model, encoder, batch_size, max_new_tokens)
     facts = {
@@ -216,10 +216,9 @@ class _Runner:
 
     def __init__(self, model: Any, encoder: Any, batch_size: int, max_new_tokens: int):
         self.model, self.encoder, self.size, self.max_new_tokens = model, encoder, batch_size, max_new_tokens
-        self.inner = unwrapped(model)
-        if not hasattr(self.inner, "generate"):
-            raise ModelError(f"{type(self.inner).__name__} has no generate; expected a transformers model that writes")
-        self.accepts = inspect.signature(self.inner.forward).parameters
+        if not hasattr(model, "generate"):
+            raise ModelError(f"{type(model).__name__} has no generate; expected a transformers model that writes")
+        self.accepts = inspect.signature(model.forward).parameters
 
     def probe(self, record: Record) -> float | None:
         """The record's NLL, alone in its batch, to two digits: enough to see an edit, too few to see rounding."""
@@ -309,7 +308,7 @@ class _Runner:
         if "mm_token_type_ids" not in self.accepts:  # transformers 4's generate refuses what its forward ignores
             prompts.pop("mm_token_type_ids", None)
         limit = min(self.max_new_tokens, CHOICE_TOKENS) if records[0].task == "choice" else self.max_new_tokens
-        written = self.inner.generate(**prompts, max_new_tokens=limit)[:, prompts["input_ids"].shape[1] :]
+        written = self.model.generate(**prompts, max_new_tokens=limit)[:, prompts["input_ids"].shape[1] :]
         return [self._text(ids) for ids in written.tolist()]
 
     def _text(self, ids: list[int]) -> str:
@@ -318,7 +317,7 @@ class _Runner:
         return self.encoder.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def _ends(self) -> list[int]:
-        ends = self.inner.generation_config.eos_token_id
+        ends = self.model.generation_config.eos_token_id
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     @contextmanager
@@ -327,15 +326,15 @@ class _Runner:
         Qwen2.5 do) or sampling, which transformers takes over for what a call leaves out."""
         from transformers import GenerationConfig
 
-        own = self.inner.generation_config
+        own = self.model.generation_config
         ends = sorted({*self._ends(), self.encoder.tokenizer.eos_token_id} - {None})
         pad = self.encoder.tokenizer.pad_token_id
         pad = pad if pad is not None else next(iter(ends), 0)
-        self.inner.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+        self.model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
         try:
             yield
         finally:
-            self.inner.generation_config = own
+            self.model.generation_config = own
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return {name: value.to(self.model.device) for name, value in batch.items()}

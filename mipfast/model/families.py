@@ -16,6 +16,13 @@ EXPERTS = "experts"  # in the name of every parameter of a mixture of experts
 INNER_DECODER = "text_model"  # what get_decoder() of Idefics3 and SmolVLM wraps in transformers 4
 # PEFT's: the projection inside its wrapper; the matrices that read what the projection reads, and write what it writes
 ADAPTED, ADAPTER_READS, ADAPTER_WRITES = "base_layer", "lora_A", "lora_B"
+# PEFT's too: the adapters that a wrapper has worked into its projection; what DoRA scales it by (edit/prune.py)
+MERGED, DORA = "merged_adapters", "lora_magnitude_vector"
+
+# ------------------------------------------------------ what stands around a model: model/patching.py
+
+WRAPPED = ("_orig_mod", "module")  # the model inside torch.compile's wrapper, and DistributedDataParallel's and its kin
+UNMIXED_FORWARD = "_original_forward"  # where accelerate keeps the forward that it put mixed precision around
 
 # ------------------------------------------------------ how a gated FFN is made: model/fused_ffn.py
 

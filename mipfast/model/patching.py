@@ -1,18 +1,21 @@
 """A model held still: evaluation mode, gradients for chosen parameters only, configs of its own; a forward or an
-attention replaced for a while; and the model inside PEFT's wrapper."""
+attention replaced for a while; and the model inside its wrappers."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from mipfast.errors import ModelError
+from mipfast.model import families
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _counter = itertools.count()
@@ -67,7 +70,7 @@ def replaced_attention(
 @contextmanager
 def frozen_eval(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """Every module in eval mode (no dropout), only the trainable parameters requiring gradient. On the way out modes
-    and flags are what they were, and the trainable parameters' gradients are dropped."""
+    and flags are what they were, and the trainable parameters' gradients are dropped. Runs the `plain_forward`."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     chosen = list(trainable)
@@ -77,7 +80,8 @@ def frozen_eval(model: nn.Module, trainable: Iterable[torch.Tensor] = ()) -> Ite
             parameter.requires_grad_(False)
         for tensor in chosen:
             tensor.requires_grad_(True)
-        yield
+        with plain_forward(model):
+            yield
     finally:
         for tensor in chosen:
             tensor.grad = None
@@ -102,8 +106,36 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PeftModel, whose own base_model is something else; any other model itself."""
+    """The transformers model inside torch.compile, DistributedDataParallel or a PeftModel; any other model itself.
+
+    Raises ModelError for a PeftModel that puts virtual tokens before the prompt: the model inside runs without them."""
+    for name in families.WRAPPED:
+        if (inner := getattr(model, "_modules", {}).get(name)) is not None:
+            return unwrapped(inner)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError(
+            f"this {type(model).__name__} puts virtual tokens before every prompt, which are in no batch. Expected an "
+            "adapter on projections, such as LoRA, or get_base_model()"
+        )
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile took the model, or a part of it."""
+    return any(m._compiled_call_impl is not None or families.WRAPPED[0] in m._modules for m in model.modules())
+
+
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """The model without the mixed precision that accelerate put into its forward, and without what torch.compile made
+    of its parts, which would not see hooks and forwards that came later: the numbers are the plain model's."""
+    inner = unwrapped(model)
+    with ExitStack() as plain:
+        if forward := vars(inner).get(families.UNMIXED_FORWARD):
+            plain.enter_context(replaced_forward(inner, forward))
+        if compiled(model):
+            plain.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextmanager

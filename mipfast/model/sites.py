@@ -85,6 +85,8 @@ class Sites:
         for stack in self.stacks:
             for layer in range(stack.num_layers):
                 flat = stack.columns(layer)[0][0].detach().reshape(-1)
+                if flat.is_meta:
+                    raise ModelError(f"{stack.name} layer {layer} is offloaded: load the model without offloading")
                 sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
                 digest.update(sample.numpy().tobytes())
         sizes = {s.name: [s.num_layers, s.num_neurons] for s in self.stacks}

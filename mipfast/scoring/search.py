@@ -20,7 +20,7 @@ from mipfast.errors import InputError, configured
 from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import Batch, Labels
-from mipfast.model.patching import frozen_eval, lock_of
+from mipfast.model.patching import frozen_eval, lock_of, unwrapped
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.scoring import memory
 from mipfast.scoring.attribution import Attribution, strongest
@@ -87,6 +87,7 @@ def locate(
     nodes, weights = config.rule()
     sites = find_sites(model)
     stack = _choose_stack(sites, config)
+    model = unwrapped(model)
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
     batches = [batch] if isinstance(batch, Mapping) else batch
