@@ -26,13 +26,14 @@ from mipfast import ops
 from mipfast.edit.config import RMisUConfig, check_steps
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import steering_layer
+from mipfast.edit.neuron_path import check_fraction
 from mipfast.edit.prune import prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import DivergedError, InputError, configured
 from mipfast.model.batch import Batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
-from mipfast.model.patching import frozen_eval, removing
+from mipfast.model.patching import frozen_eval
 from mipfast.model.sites import Stack, find_sites
 
 Numbered = Mapping[int, Batch]  # batches by their numbers
@@ -268,8 +269,7 @@ class MANU:
 
     def path(self, model: nn.Module, forget: Iterable[Batch], retain: Iterable[Batch]) -> dict[tuple[str, int], Any]:
         """{(stack, layer): indices}, for `prune`. Raises InputError for a fraction outside (0, 1]."""
-        if not 0 < self.fraction <= 1:
-            raise InputError(f"fraction={self.fraction}; expected a share of the neurons in (0, 1]")
+        check_fraction(self.fraction)
         stacks = find_sites(model).stacks
         with frozen_eval(model), torch.no_grad():
             of_forget, of_retain = (_importances(model, stacks, batches) for batches in (forget, retain))
@@ -412,7 +412,7 @@ def _importances(model: nn.Module, stacks: Sequence[Stack], batches: Iterable[Ba
             for stack in stacks:
                 for layer, output in enumerate(stack.outputs):
                     which = attended if stack is stacks[0] else None
-                    hooks.enter_context(removing(output.register_forward_pre_hook(add(stack, layer, which))))
+                    hooks.enter_context(output.register_forward_pre_hook(add(stack, layer, which)))
             model(**without_labels(batch), use_cache=False)
     importances = {}
     for name, moments in sums.items():
