@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from mipfast.data.records import RECORD_MODALITIES
 from mipfast.errors import ArtefactError, InputError
+from mipfast.experiment.config import without
 from mipfast.experiment.page import line
 from mipfast.judge.metrics import forgetting_rate, retention
 
@@ -100,7 +101,7 @@ class Run:
         """What runs that differ in the seed alone have in common."""
         if self.facts.get("seed") is None:
             return self.name
-        same = [_without(self.facts.get("config"), "seed", "out", "title"), self.facts.get("versions"), self.roles]
+        same = [without(self.facts.get("config"), "seed", "out", "title"), self.facts.get("versions"), self.roles]
         return json.dumps([same, sorted(self.models)], sort_keys=True)
 
 
@@ -341,9 +342,3 @@ def _named(measure: Measure) -> str:
 def _listed(items: Iterable[str]) -> str:
     every = [*items]
     return ", ".join(every[:3]) + f" and {len(every) - 3} more" * (len(every) > 3)
-
-
-def _without(value: Any, *names: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(inner, *names) for key, inner in value.items() if key not in names}
-    return value

@@ -165,13 +165,14 @@ class Experiment:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """A config's fields that results depend on, all the way down."""
+    return without(asdict(config), "progress")
 
-    def kept(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: kept(one) for name, one in value.items() if name != "progress"}
 
-    return kept(asdict(config))
+def without(value: Any, *names: str) -> Any:
+    """Settings but for some fields, all the way down."""
+    if isinstance(value, dict):
+        return {name: without(one, *names) for name, one in value.items() if name not in names}
+    return value
 
 
 # Why no library: pydantic fills what is left out from the class's defaults, which would turn the vision tower's scoring
