@@ -9,7 +9,7 @@ import twins
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
-from mipfast import ArtefactError, DivergedError, InputError, MipfastError, data
+from mipfast import ArtefactError, DivergedError, InputError, MipfastError, data, errors
 from mipfast.data import checkpoint
 from mipfast.data.encoder import Encoder
 from mipfast.experiment import finetune as finetuning
@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_used(qwen, records, tmp_path, change, found):
 
 
 def test_missing_libraries_name_the_extra(qwen, records, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "find_spec", lambda name: None if name == "peft" else True)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "peft" else True)
     with pytest.raises(MipfastError, match=r"needs peft; run: pip install 'mipfast\[train\]'"):
         finetune(qwen, records, tmp_path, CONFIG, "cpu")
     with pytest.raises(InputError, match="no records"):

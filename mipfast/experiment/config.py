@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +12,7 @@ import yaml
 
 from mipfast.data import Record, load_groups
 from mipfast.edit.config import MIPConfig, RMisUConfig
-from mipfast.errors import InputError, MipfastError, check_counts, check_fields, check_value
+from mipfast.errors import InputError, check_counts, check_fields, check_installed, check_value
 from mipfast.experiment.finetune import FinetuneConfig, check_machine
 
 T = TypeVar("T")
@@ -158,9 +157,7 @@ class Experiment:
             raise InputError(f"the experiment has no {', '.join(missing)}; expected a file like examples/*.yaml")
         if self.finetune:
             check_machine(self.finetune, self.device)
-        for module in ("rouge_score", "sacrebleu"):
-            if find_spec(module) is None:
-                raise MipfastError(f"evaluating needs {module}; run: pip install 'mipfast[eval]'")
+        check_installed("evaluating", "eval", "rouge_score", "sacrebleu")
 
 
 def settings_of(config: Any) -> dict[str, Any]:

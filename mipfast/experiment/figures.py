@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from mipfast.errors import MipfastError
+from mipfast.errors import check_installed
 from mipfast.files import write_atomic
 
 if TYPE_CHECKING:
@@ -47,10 +47,9 @@ def drawing(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        try:
-            import matplotlib.style
-        except ImportError as error:
-            raise MipfastError("pictures need matplotlib, not found: pip install 'mipfast[eval]'") from error
+        check_installed("a figure", "eval", "matplotlib")
+        import matplotlib.style
+
         with matplotlib.style.context(["default", STYLE]):
             return draw(*args, **kwargs)
 

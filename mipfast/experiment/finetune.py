@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from mipfast.data.checkpoint import load_model, save_model
 from mipfast.data.encoder import Encoder
 from mipfast.data.records import Record, digest
-from mipfast.errors import DivergedError, InputError, MipfastError, check_counts, check_fields, configured
+from mipfast.errors import DivergedError, InputError, check_counts, check_fields, check_installed, configured
 from mipfast.files import claim, versions, write_atomic, write_json
 from mipfast.model.sites import find_decoder, find_sites
 
@@ -153,9 +152,7 @@ def finetune(
 
 def check_machine(config: FinetuneConfig, device: str | None = None) -> None:
     """Raises InputError for a device that fine-tuning cannot use here, MipfastError without peft or accelerate."""
-    for module in ("accelerate", *([] if config.full else ["peft"])):
-        if find_spec(module) is None:
-            raise MipfastError(f"fine-tuning needs {module}; run: pip install 'mipfast[train]'")
+    check_installed("fine-tuning", "train", "accelerate", *([] if config.full else ["peft"]))
     if device not in (None, "cpu", "cuda"):
         raise InputError(
             f"device={device!r}; the Trainer chooses the GPU: expected cpu or cuda, CUDA_VISIBLE_DEVICES set"
