@@ -106,7 +106,7 @@ def test_killed_and_resumed_gives_the_same_weights(qwen, records, trained, tmp_p
 
 
 def test_a_finished_run_says_so_and_another_is_refused(qwen, records, trained, monkeypatch, caplog):
-    monkeypatch.setattr(finetuning, "_trainer", None)
+    monkeypatch.setattr(finetuning, "_arguments", None)
     with caplog.at_level("INFO", "mipfast"):
         assert finetune(qwen, records, trained.parent, CONFIG, "cpu") == trained
     assert "is finished" in caplog.text
