@@ -131,7 +131,7 @@ class GradDiff(Method):
 
 
 @dataclass(frozen=True)
-class KLMin(Method):
+class KLMin(GradDiff):
     """KL minimisation: L = -gamma CE(F) + alpha mean KL(p_theta0 || p_theta) over R's label tokens.
 
     Maini et al., TOFU, arXiv 2401.06121: gamma = alpha = 1, lr 1e-5. open-unlearning averages over prompts and padding
@@ -139,13 +139,8 @@ class KLMin(Method):
     vocabulary are kept on the CPU at the label tokens of the retain batches that the run will see: 2 bytes (float16) x
     tokens x vocabulary, 0.3 GB for 1000 tokens of a vocabulary of 152k."""
 
-    gamma: float = 1.0
-    """Weight of the forget term."""
-    alpha: float = 1.0
-    """Weight of the retain term."""
     dtype: Literal["float16", "float32", "float64"] = "float16"
     """Of the log-probabilities that are kept."""
-    lr: ClassVar[float] = 1e-5
 
     def losses(self, model, forget, retain, first, seed):
         kept = _before(retain, lambda batch: log_probs(model, batch)[0].to("cpu", getattr(torch, self.dtype)))
