@@ -160,11 +160,6 @@ class Comparison:
         """(task, metric) of HEADLINE, as far as there are."""
         return [pair for pair in HEADLINE.items() if any(measure[2:] == pair for measure in self.measures)]
 
-    @cached_property
-    def others(self) -> list[tuple[str, str]]:
-        """Every other (task, metric)."""
-        return sorted({measure[2:] for measure in self.measures} - set(self.headline))
-
 
 def compare(folders: Iterable[str | Path]) -> Comparison:
     """Read runs and put them beside each other.
