@@ -26,7 +26,6 @@ from mipfast import ops
 from mipfast.edit.config import RMisUConfig, check_steps
 from mipfast.edit.hidden import hidden_states
 from mipfast.edit.misdirect import steering_layer
-from mipfast.edit.neuron_path import check_fraction
 from mipfast.edit.prune import prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
@@ -264,7 +263,8 @@ class MANU:
 
     def path(self, model: nn.Module, forget: Iterable[Batch], retain: Iterable[Batch]) -> dict[tuple[str, int], Any]:
         """{(stack, layer): indices}, for `prune`. Raises InputError for a fraction outside (0, 1]."""
-        check_fraction(self.fraction)
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction={self.fraction}; expected a share of the neurons in (0, 1]")
         stacks = find_sites(model).stacks
         with frozen_eval(model), torch.no_grad():
             of_forget, of_retain = (_importances(model, stacks, batches) for batches in (forget, retain))
