@@ -88,8 +88,10 @@ class Encoder:
         return cls(tokenizer, images, config)
 
     def fingerprint(self) -> str:
-        """A hash of what turns records into inputs."""
+        """A hash of what turns records into inputs, and of what the template makes of a prompt now: it may write the
+        date."""
         parts = [
+            repr(self.tokenizer(self._text("prompt", None))["input_ids"]),
             self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer.get_vocab()),
             repr(getattr(self._renderer, "chat_template", None)),
             self.image_processor.to_json_string() if self.image_processor else "",

@@ -17,6 +17,12 @@ INNER_DECODER = "text_model"  # what get_decoder() of Idefics3 and SmolVLM wraps
 # PEFT's: the projection inside its wrapper; the matrices that read what the projection reads, and write what it writes
 ADAPTED, ADAPTER_READS, ADAPTER_WRITES = "base_layer", "lora_A", "lora_B"
 
+# ------------------------------------------------------ what else decides results: model/fingerprint.py
+
+ADAPTER_SWITCHES = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of PEFT's wrappers
+NOT_COMPUTED_WITH = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # of a config
+ROPE_OF_LAST_FORWARD = ("dynamic", "longrope")  # types whose inv_freq is what the last sequence's length asked for
+
 # ------------------------------------------------------ how a gated FFN is made: model/fused_ffn.py
 
 # down(act(gate x) * up x); whether an FFN with these parts computes that is tried, not believed
@@ -47,6 +53,11 @@ TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos
 DEEPSTACK = ("deepstack_visual_embeds",)
 
 # ------------------------------------------------------ tensors of a batch
+
+# Tables of learned positions, which end (GPT-2's, OPT's); GPT-2 counts padding on the left too (model/batch.py).
+LEARNED_POSITIONS = ("wpe", "embed_positions")
+# Arguments that change what a model returns, or what came before: no part of a batch (model/batch.py).
+NOT_OF_A_BATCH = ("logits_to_keep", "past_key_values", "use_cache", "return_dict")
 
 # Config fields with the id of a picture's placeholder, the first that is there (model/batch.py).
 IMAGE_TOKEN = ("image_token_id", "image_token_index")
