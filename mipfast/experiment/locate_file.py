@@ -417,13 +417,13 @@ def _identity(
         "dtype": str(model.dtype),
         "model": find_sites(model).fingerprint(),
         "data": surveyed.digest,
-        "inputs": surveyed.inputs,
         "samples": surveyed.samples,
         "limit": limit,
         "batch_size": batch_size,
         "chunk": CHUNK,
         "aggregate": aggregate,
         "config": {name: value for name, value in settings.items() if name != "progress"},
+        "inputs": surveyed.inputs,  # last: what differs above says more
     }
 
 
