@@ -281,7 +281,8 @@ class _Runner:
     def _nll(self, records: list[Record]) -> list[list[float]]:
         """-1/T sum_t log p(target_t), and of a choice -log p of every option's letter: one forward, logits from the
         first label on."""
-        batch, labels = read_batch(self.inner, self._inputs(self.encoder.batch(records)))
+        batch, labels = read_batch(self.inner, self.encoder.batch(records))
+        batch = self._inputs(batch)
         length = batch["labels"].shape[1]
         kept = length - int(labels.index[labels.mask].min())
         only = {"logits_to_keep": kept} if "logits_to_keep" in self.accepts else {}

@@ -22,30 +22,29 @@ CHUNK = 1 << 26  # bytes a thread holds of a weight that is not on the CPU
 _known: ContextVar[dict[int, str]] = ContextVar("_known", default={})  # noqa: B039 (never written to)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """sha256 over every byte of every parameter and buffer, its name and dtype, over the config, and over which
     adapters are switched on. Hooks and replaced forwards are not seen.
 
     It reads all weights: 7.5 GB of a 3B model in bfloat16, 145 GB of a 72B one, at some 0.5 to 2 GB/s a core for up to
     8 cores, and of a GPU no faster than copies to the host are. Raises ModelError for a weight that cannot be read."""
+    model = unwrapped(model)
     if id(model) in _known.get():
         return _known.get()[id(model)]
-    inner = unwrapped(model)
     weights: dict[int, tuple[str, Any]] = {}  # tied ones once
-    for part in (inner, model):  # a wrapper may have weights of its own, such as a prompt
-        for name, weight in (part.state_dict(keep_vars=True) | dict(part.named_buffers())).items():
-            weights.setdefault(id(weight), (name, weight))
-    modules = list(inner.named_modules())
+    for name, weight in (model.state_dict(keep_vars=True) | dict(model.named_buffers())).items():
+        weights.setdefault(id(weight), (name, weight))
+    modules = list(model.named_modules())
     moving = {f"{name}.inv_freq" for name, m in modules if getattr(m, "rope_type", "") in families.ROPE_OF_LAST_FORWARD}
     listed = sorted((entry for entry in weights.values() if entry[0] not in moving), key=lambda entry: entry[0])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda entry: _digest(inner, *entry), listed))
+        digests = list(pool.map(lambda entry: _digest(model, *entry), listed))
     adapters = [
         [name, *(str(getattr(module, switch, "")) for switch in families.ADAPTER_SWITCHES)]
         for name, module in modules
         if hasattr(module, families.ADAPTED)
     ]
-    facts = [digests, adapters, _plain(inner.config.to_dict())]
+    facts = [digests, adapters, _plain(model.config.to_dict())]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -53,7 +52,7 @@ def fingerprint(model: nn.Module) -> str:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Within, nobody writes to the model, so that it is hashed once however often its fingerprint is asked for. There
     is no such cache between calls: a write through `.data` leaves no trace, not even in `_version`."""
-    token = _known.set({**_known.get(), id(model): fingerprint(model)})
+    token = _known.set({**_known.get(), id(unwrapped(model)): fingerprint(model)})
     try:
         yield
     finally:

@@ -68,7 +68,7 @@ class Sites:
     vision: list[Stack]
     """Every other stack with FFNs, in the model's order."""
     model: nn.Module = field(repr=False)
-    """What `find_sites` was given."""
+    """The model without its wrapper."""
 
     @property
     def stacks(self) -> list[Stack]:
@@ -126,7 +126,7 @@ def find_sites(model: nn.Module) -> Sites:
         >>> text.name, text.num_layers, text.num_neurons
         ('model.layers', 2, 24)
     """
-    given, model = model, unwrapped(model)
+    model = unwrapped(model)
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names.get(id(decoder), "")
@@ -141,7 +141,7 @@ def find_sites(model: nn.Module) -> Sites:
             f"expected one stack of blocks with an FFN output projection ({', '.join(families.OUTPUT_NAMES)}) under "
             f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
         )
-    return Sites(text[0], vision, given)
+    return Sites(text[0], vision, model)
 
 
 def find_decoder(model: Any) -> Any:
