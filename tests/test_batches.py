@@ -165,6 +165,8 @@ def test_a_sample_s_first_token_is_predicted_by_nothing_on_either_side():
     for side in ("left", "right"):
         labels = find_labels(padded(rows, side))
         assert labels.target[labels.mask].tolist() == [8, 9, 8, 9, 10, 11]
+    hole = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.tensor([[1, 0, 1]])}
+    assert find_labels(hole | {"labels": torch.tensor([[-100, -100, 9]])}).target.tolist() == [[9]]
 
 
 # -------------------------------------------------------------------------------------- what no entry point takes
@@ -276,7 +278,7 @@ def test_labels_that_were_shifted_by_hand_are_named(caplog):
         evaluate(MODEL, [{"input_ids": torch.full_like(ids, 7), "labels": torch.full_like(ids, 7)}])
         assert not caplog.records
         evaluate(MODEL, [{"input_ids": ids, "labels": shifted}])
-    assert "every label is the token after its place, as if shifted by hand" in caplog.text
+    assert "every label is the token after its place: shifted by hand" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------- an answer behind its prompt

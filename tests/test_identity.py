@@ -135,7 +135,7 @@ def test_offloaded_weights_are_read_and_missing_ones_refused(tmp_path):
     assert model.model.layers[1].mlp.down_proj.weight.is_meta and fingerprint(model) == before
     with torch.device("meta"):
         nowhere = hf.LlamaForCausalLM(tiny_llama().config)
-    with pytest.raises(ModelError, match=r"cannot be read .* load the model with its weights on a CPU or GPU"):
+    with pytest.raises(ModelError, match=r"cannot be read .* load it with its weights on a CPU or GPU"):
         fingerprint(nowhere)
 
 

@@ -80,7 +80,7 @@ def find_labels(batch: Batch) -> Labels:
                 f"samples {hidden} have labels where their attention_mask is 0; expected -100 there: labels that are a "
                 "copy of input_ids label the padding too"
             )
-        scored = scored & seen[:, :-1]
+        scored = scored & (seen[:, :-1].cumsum(1) > 0)
     empty = (~scored.any(1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"labels of samples {empty} are all -100: nothing to score; label the answer tokens")
@@ -116,25 +116,20 @@ def _kind(value: Any) -> str:
 
 
 def _warn_of_shift(batch: Batch, labels: Labels) -> None:
-    ids, at = batch.get("input_ids"), labels.index + 1  # where the labels stand
-    if ids is None:
+    if (ids := batch.get("input_ids")) is None:
         return
-    following = F.pad(ids, (0, 1), value=-1).gather(1, at + 1)
-    if torch.equal(labels.target[labels.mask], following[labels.mask]) and not torch.equal(
-        labels.target[labels.mask], ids.gather(1, at)[labels.mask]
-    ):
-        log.warning(
-            "every label is the token after its place, as if shifted by hand; expected the token itself at its own "
-            "place, because labels are shifted here"
-        )
+    tokens, target = F.pad(ids.long(), (0, 1), value=-1), labels.target[labels.mask]
+    own, following = (tokens.gather(1, labels.index + i)[labels.mask] for i in (1, 2))
+    if torch.equal(target, following) and not torch.equal(target, own):
+        log.warning("every label is the token after its place: shifted by hand? Expected each token at its own place")
 
 
 def _num_positions(model: Any) -> int | None:
     """Length of the model's table of learned positions; None where it has none."""
     decoder = find_decoder(model)
-    tables = [getattr(decoder, name, None) for name in families.LEARNED_POSITIONS]
-    found = [table for table in tables if isinstance(table, nn.Embedding)]
-    return found[0].num_embeddings - getattr(found[0], "offset", 0) if found else None  # OPT's begins at its offset
+    table = next((getattr(decoder, name) for name in families.LEARNED_POSITIONS if hasattr(decoder, name)), None)
+    # OPT's begins at its offset
+    return table.num_embeddings - getattr(table, "offset", 0) if isinstance(table, nn.Embedding) else None
 
 
 def image_token(config: Any) -> int | None:
@@ -153,11 +148,10 @@ def _check_inputs(model: Any, batch: Batch) -> None:
     pixels, grid, ids = (batch.get(name) for name in (families.PATCHES, families.GRID, "input_ids"))
     token, merge = image_token(model.config), merge_size(model.config)
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    for name, found in (("input_ids", ids), ("labels", batch["labels"])):
+    for name, found in (("input_ids", ids), ("labels", batch["labels"].clamp_min(0))):
         if size is None or found is None:
             continue
-        outside = (found >= size) & (found != token) | (found < 0) & (name == "input_ids")
-        if bool(outside.any()):
+        if bool((outside := (found >= size) & (found != token) | (found < 0)).any()):
             raise InputError(
                 f"{name} hold token {found[outside][0]}; the model has the tokens 0..{size - 1}: make batches with "
                 "the model's own tokenizer"

@@ -31,21 +31,16 @@ def fingerprint(model: Any) -> str:
     model = unwrapped(model)
     if id(model) in _known.get():
         return _known.get()[id(model)]
-    weights: dict[int, tuple[str, Any]] = {}  # tied ones once
-    for name, weight in (model.state_dict(keep_vars=True) | dict(model.named_buffers())).items():
-        weights.setdefault(id(weight), (name, weight))
     modules = list(model.named_modules())
     moving = {f"{name}.inv_freq" for name, m in modules if getattr(m, "rope_type", "") in families.ROPE_OF_LAST_FORWARD}
-    listed = sorted((entry for entry in weights.values() if entry[0] not in moving), key=lambda entry: entry[0])
+    named = model.state_dict(keep_vars=True) | dict(model.named_buffers())
+    weights = {id(weight): name for name, weight in named.items() if name not in moving}  # tied ones once
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda entry: _digest(model, *entry), listed))
-    adapters = [
-        [name, *(str(getattr(module, switch, "")) for switch in families.ADAPTER_SWITCHES)]
-        for name, module in modules
-        if hasattr(module, families.ADAPTED)
-    ]
-    facts = [digests, adapters, _plain(model.config.to_dict())]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        digests = list(pool.map(lambda name: _digest(model, name, named[name]), sorted(weights.values())))
+    adapted = [(name, m) for name, m in modules if hasattr(m, families.ADAPTED)]
+    switches = [[name, *(str(getattr(m, one, "")) for one in families.ADAPTER_SWITCHES)] for name, m in adapted]
+    facts = json.dumps([digests, switches, _plain(model.config.to_dict())], sort_keys=True, default=str)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 @contextmanager
@@ -60,37 +55,27 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _digest(model: nn.Module, name: str, weight: Any) -> str:
-    digest = hashlib.sha256(f"{name} {getattr(weight, 'dtype', '')} {[*getattr(weight, 'shape', '')]}".encode())
-    if not isinstance(weight, torch.Tensor):  # what a quantised module has besides
-        digest.update(str(weight).encode())
-        return digest.hexdigest()
     try:
-        if weight.is_meta:
-            weight = _offloaded(model, name)
+        digest = hashlib.sha256(f"{name} {weight.dtype} {[*weight.shape]}".encode())
+        if weight.is_meta:  # offloaded: accelerate's hook, or one of those it is made of, knows where to
+            parent, _, own = name.rpartition(".")
+            hook: Any = model.get_submodule(parent)._hf_hook
+            maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+            weight = next(found for found in maps if found is not None)[own]
         parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
         for tensor in [getattr(weight, part) for part in parts] or [weight]:
             for chunk in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(CHUNK):
                 digest.update(chunk.cpu().numpy())
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+    except (RuntimeError, TypeError, AttributeError, KeyError, StopIteration) as error:
         raise ModelError(
-            f"{name}, a {type(weight).__name__} on {weight.device}, cannot be read ({error}), so there is no telling "
-            "which model this is; load the model with its weights on a CPU or GPU"
+            f"{name}, a {type(weight).__name__}, cannot be read ({type(error).__name__} {error}), so there is no "
+            "telling which model this is; load it with its weights on a CPU or GPU"
         ) from error
     return digest.hexdigest()
 
 
-def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
-    """From where accelerate keeps it: its hook, or one of the hooks it is made of."""
-    parent, _, own = name.rpartition(".")
-    hook: Any = model.get_submodule(parent)._hf_hook
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "weights_map", None) is not None:
-            return one.weights_map[own]
-    raise KeyError("a meta tensor that accelerate did not offload")
-
-
 def _plain(config: Any) -> Any:
     """A config without what says where it came from, not what the model computes."""
-    if isinstance(config, dict):
-        return {str(k): _plain(value) for k, value in config.items() if k not in families.NOT_COMPUTED_WITH}
-    return config
+    if not isinstance(config, dict):
+        return config
+    return {str(k): _plain(value) for k, value in config.items() if k not in families.NOT_COMPUTED_WITH}
