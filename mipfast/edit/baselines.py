@@ -30,7 +30,7 @@ from mipfast.edit.prune import check_prunable, prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import DivergedError, InputError, configured
-from mipfast.model.batch import Batch, without_labels
+from mipfast.model.batch import Batch, attended, read_batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
 from mipfast.model.patching import frozen_eval, unwrapped
 from mipfast.model.sites import Stack, find_sites
@@ -404,12 +404,12 @@ def _importances(model: nn.Module, stacks: Sequence[Stack], batches: Iterable[Ba
         return hook
 
     for batch in batches:
-        mask = batch.get("attention_mask")
-        attended = mask.bool() if mask is not None and mask.ndim == 2 else None
+        batch, _ = read_batch(model, batch)
+        seen = attended(batch)
         with ExitStack() as hooks:
             for stack in stacks:
                 for layer, output in enumerate(stack.outputs):
-                    which = attended if stack is stacks[0] else None
+                    which = seen if stack is stacks[0] else None
                     hooks.enter_context(output.register_forward_pre_hook(add(stack, layer, which)))
             model(**without_labels(batch), use_cache=False)
     importances = {}

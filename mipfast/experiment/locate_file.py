@@ -29,6 +29,7 @@ from mipfast.data.jsonl import EXPECTED, read_lines
 from mipfast.data.records import Record, digest
 from mipfast.errors import ArtefactError, InputError, MipfastError
 from mipfast.files import RUN, claim, read_run, write_atomic
+from mipfast.model.fingerprint import unchanged
 from mipfast.model.sites import find_sites
 from mipfast.scoring.attribution import Attribution, per_label
 from mipfast.scoring.config import LocateConfig
@@ -53,6 +54,8 @@ class Survey:
     """Of all samples together, prompts and answers."""
     digest: str
     """sha256 of the file, or the records' hash."""
+    inputs: str
+    """sha256 of every sample's tokens, as the template, which may write the date, made them."""
     chunks: list[Counter[Size]]
     """How many batches of each size every chunk has."""
 
@@ -92,14 +95,15 @@ def survey(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
-    samples, tokens, chunks = 0, 0, []
+    samples, tokens, chunks, inputs = 0, 0, [], hashlib.sha256()
     for lines in _chunks(data, batch_size, limit):
         chunk = _encoded(encoder, lines, config, data)
         samples, tokens = samples + len(chunk), tokens + sum(s.tokens for s in chunk)
+        inputs.update(repr([(s.prompt, s.answer, s.patches) for s in chunk]).encode())
         chunks.append(Counter(_size([chunk[i] for i in order]) for order in in_batches(chunk, batch_size)))
     if not samples:
         raise InputError(f"{data} is empty; {EXPECTED if isinstance(data, str | Path) else 'expected records'}")
-    return Survey(samples, tokens, _digest(data), chunks)
+    return Survey(samples, tokens, _digest(data), inputs.hexdigest(), chunks)
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def locate_file(
     if all(done):
         log.info("%s is finished: all %d samples are there, nothing left to do", out, surveyed.samples)
         return
-    with _progress(model, surveyed, config, done) as advance:
+    with unchanged(model), _progress(model, surveyed, config, done) as advance:
         for number, lines in enumerate(_chunks(data, batch_size, limit)):
             if done[number]:
                 continue
@@ -419,6 +423,7 @@ def _identity(
         "chunk": CHUNK,
         "aggregate": aggregate,
         "config": {name: value for name, value in settings.items() if name != "progress"},
+        "inputs": surveyed.inputs,  # last: what differs above says more
     }
 
 

@@ -24,6 +24,12 @@ MERGED, DORA = "merged_adapters", "lora_magnitude_vector"
 WRAPPED = ("_orig_mod", "module")  # the model inside torch.compile's wrapper, and DistributedDataParallel's and its kin
 UNMIXED_FORWARD = "_original_forward"  # where accelerate keeps the forward that it put mixed precision around
 
+# ------------------------------------------------------ what else decides results: model/fingerprint.py
+
+ADAPTER_SWITCHES = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of PEFT's wrappers
+NOT_COMPUTED_WITH = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # of a config
+ROPE_OF_LAST_FORWARD = ("dynamic", "longrope")  # types whose inv_freq is what the last sequence's length asked for
+
 # ------------------------------------------------------ how a gated FFN is made: model/fused_ffn.py
 
 # down(act(gate x) * up x); whether an FFN with these parts computes that is tried, not believed
@@ -54,6 +60,11 @@ TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos
 DEEPSTACK = ("deepstack_visual_embeds",)
 
 # ------------------------------------------------------ tensors of a batch
+
+# Tables of learned positions, which end (GPT-2's, OPT's); GPT-2 counts padding on the left too (model/batch.py).
+LEARNED_POSITIONS = ("wpe", "embed_positions")
+# Arguments that change what a model returns, or what came before: no part of a batch (model/batch.py).
+NOT_OF_A_BATCH = ("logits_to_keep", "past_key_values", "use_cache", "return_dict")
 
 # Config fields with the id of a picture's placeholder, the first that is there (model/batch.py).
 IMAGE_TOKEN = ("image_token_id", "image_token_index")

@@ -15,7 +15,7 @@ from torch import nn
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.model import families
-from mipfast.model.batch import Batch, Labels, check_inputs, find_labels, image_token, without_labels
+from mipfast.model.batch import Batch, Labels, image_token, read_batch, without_labels
 from mipfast.model.head import base_model, label_states
 from mipfast.model.patching import removing
 from mipfast.model.positions import Positions, Rows, text_rows, vision_rows
@@ -111,9 +111,8 @@ def with_baseline(captured: Capture, sites: Sites, batches: Iterable[Batch], pos
 def _capture(
     model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, checked: set[str], record: bool
 ) -> Capture:
-    labels, vision = find_labels(batch), stack is not sites.text
-    check_inputs(model, batch)
-    decoder = find_decoder(model)
+    batch, labels = read_batch(model, batch)
+    vision, decoder = stack is not sites.text, find_decoder(model)
     entry = base_model(model) if vision else decoder
     seen: dict[str, Any] = {}
     activations: list[torch.Tensor] = []
