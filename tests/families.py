@@ -242,6 +242,26 @@ def _idefics_picture(i, generator):
     return 4 * (i + 1), dict(pixel_values=pixels, pixel_attention_mask=torch.ones(1, 2, 56, 56, dtype=torch.long))
 
 
+def _pixtral(kind, text):
+    """All pictures of a batch are one sequence of the tower."""
+    config = getattr(hf, kind + "Config")(
+        vision_config=dict(model_type="pixtral", image_size=56, patch_size=14, head_dim=16, **TOWER),
+        text_config=text,
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+        **({"vision_feature_layer": -1} if kind == "Mistral3" else {}),
+    )
+    return getattr(hf, kind + "ForConditionalGeneration")(config)
+
+
+def _pixtral_picture(i, generator):
+    """Row 0: 2x2 tokens of 2x2 patches each; row 1: 1x2, padded below."""
+    return 4 - 2 * i, dict(
+        pixel_values=_noise(generator, 1, 3, 56, 56), image_sizes=torch.tensor([[28 if i else 56, 56]])
+    )
+
+
 def _mllama():
     """Text block 1 attends to the pictures. Vision block 0 is read directly; the tower ends in a second, global one."""
     return hf.MllamaForConditionalGeneration(
@@ -295,6 +315,8 @@ FAMILIES = {
         stacks=("model.vision_model.transformer.layers", "model.vision_model.global_transformer.layers"),
         text=False,
     ),
+    "mistral3": Family(lambda: _pixtral("Mistral3", hf.MistralConfig(head_dim=8, **LM)), _pixtral_picture),
+    "lighton-ocr": Family(lambda: _pixtral("LightOnOcr", hf.Qwen3Config(head_dim=8, **LM)), _pixtral_picture),
     "gpt2": Family(_gpt2),
     "gpt2-lora": Family(lambda: _lora(_gpt2(), "c_attn", "c_fc", "c_proj", fan_in_fan_out=True)),
     "llava-lora": Family(

@@ -24,7 +24,8 @@ PEFT = r"(base_model\.model\.)?"  # the wrapper of a LoRA projection bears the p
 TEXT = PEFT + r"(model\.((language|text)_model\.)?layers\.\d+\.mlp\.down_proj|transformer\.h\.\d+\.mlp\.c_proj)"
 VISION = (
     PEFT + r"model\.(visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)"
-    r"|vision_(tower|model)\.(.+\.)?layers?\.\d+\.mlp\.fc2)"
+    r"|vision_(tower|model)\.(.+\.)?layers?\.\d+\.mlp\.fc2"
+    r"|vision_(tower|encoder)\.transformer\.layers\.\d+\.feed_forward\.down_proj)"
 )
 
 

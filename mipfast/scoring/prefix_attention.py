@@ -60,16 +60,18 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
     transformers'."""
     from transformers.masking_utils import sdpa_mask
 
-    if getattr(decoder.config, "_attn_implementation", None) not in families.RECORDED_ATTENTION:
+    known = getattr(decoder.config, "_attn_implementation", None) in families.RECORDED_ATTENTION
+    if not known or not getattr(decoder, families.USES_REGISTRY, False):
         yield None
         return
     record = Recording()
 
     def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-            raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask")
+        mask = attention_mask
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
+            raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask that serves every head")
         record.seen[module] = (key, value, mask[..., : key.shape[2]])
         return _attend(query, key, value, mask, None, None, **kwargs), None
 
@@ -85,7 +87,7 @@ def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
     """The decoder runs on tokens start..stop of copies of the batch; the mask it builds is not used."""
 
     def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         clean_key, clean_value, mask = prefix.layers[module]
         return _attend(query, key, value, mask, clean_key, clean_value, **kwargs), None
