@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mipfast.errors import InputError, configured
+from mipfast.errors import InputError, ModelError, configured
 from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import Batch, Labels
@@ -24,11 +25,12 @@ from mipfast.model.patching import frozen_eval, lock_of
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.scoring import memory
 from mipfast.scoring.attribution import Attribution, strongest
-from mipfast.scoring.capture import Capture, capture, with_baseline
+from mipfast.scoring.capture import NATIVE, Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
 from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
 from mipfast.scoring.plan import plan
+from mipfast.scoring.self_check import difference, first_samples, plain_scores, replayed_scores
 
 log = logging.getLogger("mipfast")
 
@@ -93,15 +95,23 @@ def locate(
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
     call = _Call(model, sites, stack, config, nodes, weights)
-    with lock_of(model), frozen_eval(model), accelerated(model, sites.stacks):
+    if any(p.is_inference() for p in model.parameters()):
+        raise ModelError(
+            "the model was made or moved inside torch.inference_mode(), so torch takes no gradient through its weights; "
+            "load it outside, or under torch.no_grad()"
+        )
+    with lock_of(model), torch.inference_mode(False), frozen_eval(model), ExitStack() as faster:
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
+                if not parts:
+                    call.off.append(_check_route(call, one, faster))
                 parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
     if not parts:
         raise InputError("no batch to locate on: the iterable was empty")
-    scores, path, residuals, counts, dead = _joined(parts)
+    scores, path, residuals, counts = _joined(parts)
+    dead = path[:, :, 0] < 0
     return Attribution(
         scores,
         path,
@@ -115,7 +125,9 @@ def locate(
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
             "residuals": residuals,
             "num_labels": counts.tolist(),
-            "layers_without_gradient": sorted(dead),
+            "layers_without_gradient": dead.all(0).nonzero().flatten().tolist(),
+            "without_gradient": [one.nonzero().flatten().tolist() for one in dead],
+            "self_check": call.off[0],
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
@@ -170,13 +182,14 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
     return sites.vision[0]
 
 
-# scores [n,L,F], path [n,L,k], residuals [n][L], labels per sample [n], layers without gradient
-Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor, set[int]]
+# scores [n,L,F], path [n,L,k], residuals [n][L], labels per sample [n]
+Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What is the same for every batch of a call; checked: what `plan` has found out about the model."""
+    """What is the same for every batch of a call; checked: what `plan` has found out about the model; off: by how much
+    the first samples' scores differ from plain autograd's."""
 
     model: nn.Module
     sites: Sites
@@ -185,6 +198,52 @@ class _Call:
     nodes: torch.Tensor
     weights: torch.Tensor
     checked: set[str] = field(default_factory=set)
+    off: list[float | None] = field(default_factory=list)
+
+
+def _check_route(call: _Call, batch: Batch, faster: ExitStack) -> float | None:
+    """Enter the faster ways through the model, and leave them where they do not give what plain autograd gives on the
+    batch's first samples. The relative difference; None where it was not asked. Raises ModelError where the model's own
+    code, replayed, gives something else."""
+    model, config, checked = call.model, call.config, call.checked
+    alpha = float(min(call.nodes, key=lambda node: abs(node - 0.5)))
+    name, expected = type(model).__name__, None
+
+    def objective(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+        return objective_value(logits, labels, config.objective)
+
+    assert config.positions is not None
+    try:
+        for small, positions in first_samples(batch, config.positions, model.config):
+            where = (model, call.sites, call.stack, small, positions)
+            with suppress(torch.OutOfMemoryError):
+                expected = plain_scores(*where, alpha, objective)
+                break
+    except InputError:
+        pass  # the search says what is wrong with the whole batch
+    faster.enter_context(accelerated(model, call.sites.stacks))
+    if expected is None or not bool(expected.isfinite().all()):
+        return None
+    wide = torch.finfo(expected.dtype).bits >= 32
+    while True:
+        try:
+            captured = capture(*where, checked)
+            off = difference(replayed_scores(captured, alpha, objective), expected, captured.rows.sample)
+        except torch.OutOfMemoryError:
+            return None
+        if off <= (0.01 if wide else 32 * torch.finfo(expected.dtype).eps):
+            return off
+        if NATIVE in checked and wide:
+            raise ModelError(
+                f"scores of {name} are off by {off:.1%} from plain autograd on the first samples; expected the same, so "
+                "mipfast does not know how this model runs: please report it"
+            )
+        if NATIVE in checked:
+            log.warning("%s: scores are off by %.0f %% from plain autograd, or as much is rounding", name, 100 * off)
+            return off
+        log.warning("%s: the fast way is off by %.1f %% from plain autograd; replaying natively", name, 100 * off)
+        faster.close()
+        checked.add(NATIVE)
 
 
 def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool) -> Located:
@@ -198,8 +257,14 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
             captured = with_baseline(captured, call.sites, others, config.positions)
         steps = min(len(call.nodes), memory.copies_that_fit(captured, config.memory_budget))
         if steps or captured.num_samples == 1:
-            search = _search if config.combine == "sum" else _joint
-            return search(captured, config, call.nodes, call.weights, max(steps, 1), measure)
+            search = partial(_search if config.combine == "sum" else _joint, captured, config, call.nodes, call.weights)
+            try:
+                return search(max(steps, 1), measure)
+            except NotImplementedError as error:  # an autograd.Function without a forward derivative, as Bloom's GELU is
+                if not measure or config.combine != "sum":
+                    raise ModelError(f"{type(call.model).__name__} has no forward-mode derivative: {error}") from error
+                log.warning("%s has no forward-mode derivative: no residuals", type(call.model).__name__)
+                return search(max(steps, 1), False)
     except torch.OutOfMemoryError as error:
         if len(batch["labels"]) == 1:
             raise InputError(
@@ -213,9 +278,9 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
 
 def _joined(parts: list[Located]) -> Located:
     """One after the other."""
-    scores, paths, residuals, counts, dead = zip(*parts, strict=True)
+    scores, paths, residuals, counts = zip(*parts, strict=True)
     rows = [row for part in residuals for row in part]
-    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts), set().union(*dead)
+    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts)
 
 
 def _joint(
@@ -224,11 +289,11 @@ def _joint(
     """Joint scores, NeuronPath's or the released code's, which have no completeness to measure."""
     released = config.combine == "released"
     if released and config.modality == "vision":
-        scores, path, dead = released_vision(captured, len(nodes), config.top_k)
+        scores, path = released_vision(captured, len(nodes), config.top_k)
     else:
         # at token 0, where the released code looks, there is no prefix to spare
         route = captured if released else plan(captured, clean_states=False)[0]
-        scores, path, dead = joint_search(
+        scores, path = joint_search(
             route,
             nodes.split(steps),
             weights.split(steps),
@@ -237,7 +302,7 @@ def _joint(
             greedy=config.search == "greedy",
             released=released,
         )
-    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu(), dead
+    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu()
 
 
 def _search(
@@ -259,22 +324,20 @@ def _search(
         with memory.measured(captured, group.replay.copies):
             return group.score(act, groups, value_of)
 
-    scores, paths, totals, dead = [], [], [], set()
+    scores, paths, totals = [], [], []
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
-        s2, carried, has_gradient = torch.zeros_like(s1), torch.zeros_like(full), False
+        s2, carried = torch.zeros_like(s1), torch.zeros_like(full)
         for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
             carried += group.weights.to(carried) @ along_path
             if part is not None:
-                has_gradient = True
                 for total, new in zip((s1, s2), part, strict=True):
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
         totals.append(s1.sum(1) + carried)
         score = s1 if config.score == "igi" else s2
         path = strongest(score, config.top_k, f"{captured.stack.name} layer {layer}", act.dtype)
-        if not has_gradient:
-            dead.add(layer)
-            path = torch.full_like(path, -1)
+        # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
+        path[((s1 == 0) & (s2 == 0)).all(1)] = -1
         scores.append(score.float())
         paths.append(path)
         scaled = None if independent else path[captured.rows.sample]
@@ -289,4 +352,4 @@ def _search(
         off = (torch.stack(totals) - change).abs()
         residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
     counted = captured.labels.mask.sum(1).cpu()
-    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted, dead
+    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted
