@@ -130,7 +130,7 @@ def test_released_text_is_the_released_code(make, steps, dtype, tolerance):
     want = [released.released_igi(model, split(batch, i), steps) for i in range(3)]
     found = joint(model, batch, n_steps=steps, released=True)
     assert_same(found, *map(torch.stack, zip(*want, strict=True)), tolerance)
-    assert not found[2]
+    assert (found[1] >= 0).all()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-6), (torch.float32, 1e-5)], ids=str)

@@ -108,10 +108,10 @@ def locate(
                 parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
-    if not parts:
-        raise InputError("no batch to locate on: the iterable was empty")
-    scores, path, residuals, counts = _joined(parts)
-    dead = path[:, :, 0] < 0
+        if not parts:
+            raise InputError("no batch to locate on: the iterable was empty")
+        scores, path, residuals, counts = _joined(parts)
+        dead = path[:, :, 0] < 0
     return Attribution(
         scores,
         path,
