@@ -191,7 +191,9 @@ def test_ties_go_to_the_lowest_index():
     assert (found.scores[0, 2] == 0).all() and not found.report["layers_without_gradient"]
 
 
-@pytest.mark.parametrize("settings", [{}, dict(search="pointwise"), dict(score="ifi"), dict(combine="product")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, dict(search="pointwise"), dict(score="ifi"), dict(combine="product")], ids=str
+)
 def test_a_gradient_of_exactly_zero_is_no_gradient(settings):
     """A zero output projection: nothing behind it depends on its layer's neurons."""
     model = tiny_llama(F64)

@@ -283,7 +283,8 @@ def read(folder: str | Path) -> Attribution:
         name: [value for one in reports for value in one[name]]
         for name in ("residuals", "num_labels", "without_gradient")
     }
-    report["layers_without_gradient"] = sorted(set.intersection(*(set(one["layers_without_gradient"]) for one in reports)))
+    dead = (set(one["layers_without_gradient"]) for one in reports)
+    report["layers_without_gradient"] = sorted(set.intersection(*dead))
     scores, paths = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path"))
     return Attribution(scores, paths, report)
 

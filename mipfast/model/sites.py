@@ -186,8 +186,9 @@ def _ffn(block: nn.Module, in_decoder: bool) -> tuple[nn.Module, tuple[nn.Module
     if len(outputs) != 1:
         return None
     parent, output = outputs[0]
-    siblings = [m for name, m in _projections(block.get_submodule(parent)) if m is not output and (parent or "." not in name)]
-    ffn = block.get_submodule(parent) if parent else output
+    around = block.get_submodule(parent)
+    siblings = [m for name, m in _projections(around) if m is not output and (parent or "." not in name)]
+    ffn = around if parent else output
     return ffn, tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
 
 

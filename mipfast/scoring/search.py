@@ -97,14 +97,14 @@ def locate(
     call = _Call(model, sites, stack, config, nodes, weights)
     if any(p.is_inference() for p in model.parameters()):
         raise ModelError(
-            "the model was made or moved inside torch.inference_mode(), so torch takes no gradient through its weights; "
-            "load it outside, or under torch.no_grad()"
+            "the model was made or moved inside torch.inference_mode(), and torch takes no gradient through such "
+            "weights: load it outside, or under torch.no_grad()"
         )
     with lock_of(model), torch.inference_mode(False), frozen_eval(model), ExitStack() as faster:
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 if not parts:
-                    call.off.append(_check_route(call, one, faster))
+                    off = _check_route(call, one, faster)
                 parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
@@ -127,7 +127,7 @@ def locate(
             "num_labels": counts.tolist(),
             "layers_without_gradient": dead.all(0).nonzero().flatten().tolist(),
             "without_gradient": [one.nonzero().flatten().tolist() for one in dead],
-            "self_check": call.off[0],
+            "self_check": off,
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
@@ -188,8 +188,7 @@ Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tens
 
 @dataclass(frozen=True)
 class _Call:
-    """What is the same for every batch of a call; checked: what `plan` has found out about the model; off: by how much
-    the first samples' scores differ from plain autograd's."""
+    """What is the same for every batch of a call; checked: what `plan` has found out about the model."""
 
     model: nn.Module
     sites: Sites
@@ -198,52 +197,38 @@ class _Call:
     nodes: torch.Tensor
     weights: torch.Tensor
     checked: set[str] = field(default_factory=set)
-    off: list[float | None] = field(default_factory=list)
 
 
 def _check_route(call: _Call, batch: Batch, faster: ExitStack) -> float | None:
     """Enter the faster ways through the model, and leave them where they do not give what plain autograd gives on the
-    batch's first samples. The relative difference; None where it was not asked. Raises ModelError where the model's own
-    code, replayed, gives something else."""
-    model, config, checked = call.model, call.config, call.checked
+    batch's first samples. The relative difference; None where it could not be taken. Raises ModelError where the
+    model's own code, replayed, gives something else."""
+    model, config, name = call.model, call.config, type(call.model).__name__
     alpha = float(min(call.nodes, key=lambda node: abs(node - 0.5)))
-    name, expected = type(model).__name__, None
-
-    def objective(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
-        return objective_value(logits, labels, config.objective)
-
+    objective, expected = partial(objective_value, objective=config.objective), None
     assert config.positions is not None
-    try:
-        for small, positions in first_samples(batch, config.positions, model.config):
-            where = (model, call.sites, call.stack, small, positions)
-            with suppress(torch.OutOfMemoryError):
-                expected = plain_scores(*where, alpha, objective)
-                break
-    except InputError:
-        pass  # the search says what is wrong with the whole batch
+    with suppress(InputError, torch.OutOfMemoryError):  # the search says what is wrong with the whole batch
+        samples = (model, call.sites, call.stack, *first_samples(batch, config.positions, model.config))
+        expected = plain_scores(*samples, alpha, objective)
     faster.enter_context(accelerated(model, call.sites.stacks))
     if expected is None or not bool(expected.isfinite().all()):
         return None
-    wide = torch.finfo(expected.dtype).bits >= 32
-    while True:
-        try:
-            captured = capture(*where, checked)
+    wide = expected.element_size() > 2
+    with suppress(torch.OutOfMemoryError):
+        for native in (False, True):
+            if native:
+                faster.close()
+                call.checked.add(NATIVE)
+            captured = capture(*samples, call.checked)
             off = difference(replayed_scores(captured, alpha, objective), expected, captured.rows.sample)
-        except torch.OutOfMemoryError:
-            return None
-        if off <= (0.01 if wide else 32 * torch.finfo(expected.dtype).eps):
-            return off
-        if NATIVE in checked and wide:
-            raise ModelError(
-                f"scores of {name} are off by {off:.1%} from plain autograd on the first samples; expected the same, so "
-                "mipfast does not know how this model runs: please report it"
-            )
-        if NATIVE in checked:
-            log.warning("%s: scores are off by %.0f %% from plain autograd, or as much is rounding", name, 100 * off)
-            return off
-        log.warning("%s: the fast way is off by %.1f %% from plain autograd; replaying natively", name, 100 * off)
-        faster.close()
-        checked.add(NATIVE)
+            if off <= (0.01 if wide else 32 * torch.finfo(expected.dtype).eps):
+                return off
+            wrong = f"{name}: {'native' if native else 'fast'} scores are off by {off:.1%} from plain autograd"
+            log.warning("%s%s", wrong, "" if native else "; replaying natively")
+        if wide:  # in 16 bits it may be rounding
+            raise ModelError(f"{wrong}; mipfast does not know how this model runs: please report it")
+        return off
+    return None
 
 
 def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool) -> Located:
@@ -260,10 +245,11 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
             search = partial(_search if config.combine == "sum" else _joint, captured, config, call.nodes, call.weights)
             try:
                 return search(max(steps, 1), measure)
-            except NotImplementedError as error:  # an autograd.Function without a forward derivative, as Bloom's GELU is
-                if not measure or config.combine != "sum":
-                    raise ModelError(f"{type(call.model).__name__} has no forward-mode derivative: {error}") from error
-                log.warning("%s has no forward-mode derivative: no residuals", type(call.model).__name__)
+            except NotImplementedError as error:  # an autograd.Function without a forward derivative: Bloom's GELU
+                lacks = f"{type(call.model).__name__} has no forward-mode derivative"
+                if config.combine != "sum":
+                    raise ModelError(f"{lacks}, which combine={config.combine!r} needs; use combine='sum'") from error
+                log.warning("%s, so no residuals", lacks)
                 return search(max(steps, 1), False)
     except torch.OutOfMemoryError as error:
         if len(batch["labels"]) == 1:

@@ -1,14 +1,16 @@
-"""Whether a call's way of scoring gives what plain autograd gives: asked of its first samples, in one layer at one node.
+"""Whether a call's scores are plain autograd's: asked of its first samples, in one layer at one node.
 
-`plan` compares clean runs; what a family does only away from one, or with several copies, would pass there.
+`plan` compares clean runs: what a family does only away from one, or with several copies, passes there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 
 from mipfast.errors import InputError
 from mipfast.model.batch import Batch, Labels, find_labels, without_labels
@@ -21,54 +23,50 @@ from mipfast.scoring.nodes import HookedNodes, NodeGroup, ResidualNodes
 from mipfast.scoring.plan import plan
 from mipfast.scoring.replay import Replay, repeated
 
-Objective = Callable[[torch.Tensor, Labels], torch.Tensor]  # logits [m·n,q,V] -> F [m·n]
+Objective = Callable[[torch.Tensor, Labels], torch.Tensor]  # logits [m·n,q,V], labels -> F [m·n]
 
 
-def first_samples(batch: Batch, positions: Positions, config: Any) -> Iterator[tuple[Batch, Positions]]:
-    """Two samples of the batch, then one, with their positions; more where it cannot be divided."""
+def first_samples(batch: Batch, positions: Positions, config: Any) -> tuple[Batch, Positions]:
+    """Two samples, or more where it is not known how to divide the batch, and their positions. Raises InputError for
+    what is no batch."""
     find_labels(batch)
-    try:
+    with suppress(InputError):
         while len(batch["labels"]) > 2:
             batch = halves(batch, config)[0]
-        parts = [batch] if len(batch["labels"]) == 1 else [batch, halves(batch, config)[0]]
-    except InputError:
-        parts = [batch]
-    for part in parts:
-        own = positions if isinstance(positions, str) else torch.as_tensor(positions)
-        yield part, own[: len(part["labels"])] if isinstance(own, torch.Tensor) and own.ndim == 2 else own
+    if not isinstance(positions, str) and torch.as_tensor(positions).ndim == 2:
+        positions = positions[: len(batch["labels"])]
+    return batch, positions
 
 
 def plain_scores(
     model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, alpha: float, objective: Objective
 ) -> torch.Tensor:
-    """a dF/da [R,F] of the middle layer's neurons at alpha a: the model's own forward and autograd's backward, nothing
-    else. Empty where the layer does not run."""
-    labels, seen = find_labels(batch), [torch.empty(0, requires_grad=True)] * 2
+    """a dF/da [R,F] of the middle layer's neurons at alpha a: the model's own forward and autograd's backward."""
+    labels, seen = find_labels(batch), []
 
-    def scale(module: torch.nn.Module, args: tuple) -> tuple:
+    def scale(module: nn.Module, args: tuple) -> tuple:
         flat = args[0].detach().reshape(-1, args[0].shape[-1])
         rows, _ = chosen_rows(model, sites, stack, batch, positions, labels, flat)
-        seen[:] = flat[rows.index], (alpha * flat[rows.index]).requires_grad_()
+        act = flat[rows.index]
+        seen.extend([act, (alpha * act).requires_grad_()])
         return (flat.index_put((rows.index,), seen[1]).view_as(args[0]), *args[1:])
 
-    hook = stack.outputs[stack.num_layers // 2].register_forward_pre_hook(scale)
-    with removing(hook), torch.enable_grad():
+    with removing(stack.outputs[stack.num_layers // 2].register_forward_pre_hook(scale)), torch.enable_grad():
         logits = model(**without_labels(batch), use_cache=False).logits
-        index = labels.index.to(logits.device)
-        value = objective(logits[torch.arange(len(index), device=logits.device)[:, None], index], labels)
-        grad = None
-        if value.requires_grad:
-            grad = torch.autograd.grad(value.sum(), seen[1], allow_unused=True)[0]
-    return torch.zeros_like(seen[0]) if grad is None else seen[0] * grad
+        at_labels = logits.gather(1, labels.index.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1]))
+        value = objective(at_labels, labels).sum()
+    if not value.requires_grad:
+        raise InputError(f"a layer of {stack.name} that does not run, or that nothing reads")
+    act, leaf = seen
+    return act * torch.autograd.grad(value, leaf)[0]
 
 
 def replayed_scores(captured: Capture, alpha: float, objective: Objective) -> torch.Tensor:
-    """The same [R,F] as a search computes it, in the first of two copies."""
-    layer, weights = captured.stack.num_layers // 2, torch.tensor([1.0, 0.0])
+    """The same [R,F] as a search computes it, for the first of two copies."""
+    layer = captured.stack.num_layers // 2
     route, clean = plan(captured, clean_states=True)
-    replay = Replay(route, 2)
-    kind = ResidualNodes if clean else HookedNodes
-    group: NodeGroup = kind(replay, torch.tensor([alpha, 1.0]), weights, carry=False)
+    replay, alphas, weights = Replay(route, 2), torch.tensor([alpha, 1.0]), torch.tensor([1.0, 0.0])
+    group: NodeGroup = (ResidualNodes if clean else HookedNodes)(replay, alphas, weights, carry=False)
     for i, act in enumerate(captured.activations[:layer]):
         if clean:
             replay.push(repeated(clean.states[i], 2), None)
@@ -80,10 +78,8 @@ def replayed_scores(captured: Capture, alpha: float, objective: Objective) -> to
 
 def difference(found: torch.Tensor, expected: torch.Tensor, sample: torch.Tensor) -> float:
     """The largest of the samples' ||found - expected|| / ||expected||."""
-    off, norm = (
-        torch.zeros(int(sample.max()) + 1, dtype=torch.float64, device=sample.device).index_add_(
-            0, sample, x.double().square().sum(1)
-        )
-        for x in (found - expected, expected)
-    )
-    return float((off / norm.clamp(min=torch.finfo(torch.float64).tiny)).max().sqrt())
+    sums = torch.zeros(2, int(sample.max()) + 1, dtype=torch.float64, device=sample.device)
+    for total, x in zip(sums, (found - expected, expected), strict=True):
+        total.index_add_(0, sample, x.double().square().sum(1))
+    off, norm = sums.sqrt()
+    return float((off / norm.clamp(min=torch.finfo(torch.float64).tiny)).max())
