@@ -67,7 +67,7 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
     record = Recording()
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        mask = attention_mask
+        mask = attention_mask  # transformers passes it by place or by name
         if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
             raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask that serves every head")
         record.seen[module] = (key, value, mask[..., : key.shape[2]])

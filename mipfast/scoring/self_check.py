@@ -78,8 +78,6 @@ def replayed_scores(captured: Capture, alpha: float, objective: Objective) -> to
 
 def difference(found: torch.Tensor, expected: torch.Tensor, sample: torch.Tensor) -> float:
     """The largest of the samples' ||found - expected|| / ||expected||."""
-    sums = torch.zeros(2, int(sample.max()) + 1, dtype=torch.float64, device=sample.device)
-    for total, x in zip(sums, (found - expected, expected), strict=True):
-        total.index_add_(0, sample, x.double().square().sum(1))
-    off, norm = sums.sqrt()
-    return float((off / norm.clamp(min=torch.finfo(torch.float64).tiny)).max())
+    each = [sample == i for i in sample.unique()]
+    off, norm = (torch.stack([x[own].double().norm() for own in each]) for x in (found - expected, expected))
+    return float((off / norm.clamp(min=torch.finfo(norm.dtype).tiny)).max())
