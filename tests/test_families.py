@@ -29,6 +29,9 @@ def same(name, batch, **settings):
         found = mipfast.locate(model(name), batch, **COARSE, **settings)
         truth = slow_locate(model(name), batch, **COARSE, **{k: v for k, v in settings.items() if k != "memory_budget"})
     found.scores = found.scores.float()
+    if name == "bloom":  # whose GELU has no forward-mode derivative
+        assert found.report["residuals"] == [None, None]
+        found.report["residuals"] = truth[2].tolist()
     compare(found, truth)
     return found
 

@@ -284,9 +284,11 @@ def read(folder: str | Path) -> Attribution:
     _check_finished(folder, sum(len(tensors["path"]) for tensors, _ in parts), run["samples"])
     reports = [facts["report"] for _, facts in parts]
     report = reports[0] | {
-        name: [value for one in reports for value in one[name]] for name in ("residuals", "num_labels")
+        name: [value for one in reports for value in one[name]]
+        for name in ("residuals", "num_labels", "without_gradient")
     }
-    report["layers_without_gradient"] = sorted(set().union(*(one["layers_without_gradient"] for one in reports)))
+    dead = (set(one["layers_without_gradient"]) for one in reports)
+    report["layers_without_gradient"] = sorted(set.intersection(*dead))
     scores, paths = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path"))
     return Attribution(scores, paths, report)
 
@@ -318,8 +320,9 @@ class _Sums:
         }
         self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()}
         before = self.facts.get("report", located.report)["layers_without_gradient"]
-        dead = {*before, *located.report["layers_without_gradient"]}
-        report = located.report | {"layers_without_gradient": sorted(dead), "residuals": [], "num_labels": []}
+        dead = set(before) & set(located.report["layers_without_gradient"])
+        per_sample: dict[str, Any] = {name: [] for name in ("residuals", "num_labels", "without_gradient")}
+        report = located.report | per_sample | {"layers_without_gradient": sorted(dead)}
         samples, chunks = self.facts["samples"] + len(scores), self.facts["chunks"] + 1
         self.facts = {"samples": samples, "chunks": chunks, "report": report}
 

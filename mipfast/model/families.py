@@ -12,6 +12,7 @@ from typing import Any
 FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")  # the module around an FFN's projections
 OUTPUT_NAMES = ("down_proj", "fc2", "c_proj", "w2", "linear_fc2", "dense_4h_to_h", "lin2")  # the last of these
 TRANSPOSED = ("Conv1D",)  # types of projections whose weight is [in, out]: GPT-2; also edit/train.py, judge/attacks.py
+BARE_OUTPUTS = ("fc2",)  # those that may stand in a decoder's block itself: OPT, XGLM, BioGPT
 EXPERTS = "experts"  # in the name of every parameter of a mixture of experts
 INNER_DECODER = "text_model"  # what get_decoder() of Idefics3 and SmolVLM wraps in transformers 4
 # PEFT's: the projection inside its wrapper; the matrices that read what the projection reads, and write what it writes
@@ -39,6 +40,9 @@ GATED_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 # What a decoder may use where its suffix is replayed alone (scoring/prefix_attention.py): both read an explicit mask.
 RECORDED_ATTENTION = ("sdpa", "eager")
+# True on decoders whose attention is looked up in transformers' registry. Others (Falcon, Bloom, MPT, GPT-J, StableLM)
+# have their own, and would take the explicit mask for numbers to add.
+USES_REGISTRY = "_supports_attention_backend"
 # Arguments of attention functions that the one over a clean prefix does not know: sinks of gpt-oss, biases of T5's kin.
 UNKNOWN_TO_PREFIX = ("s_aux", "sinks", "position_bias")
 # Projections of a decoder's attention needed at label positions alone in its last block (scoring/replay.py); keys and

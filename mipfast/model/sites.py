@@ -24,7 +24,7 @@ class Stack:
     blocks: tuple[nn.Module, ...]
     """The blocks, first to last."""
     ffns: tuple[nn.Module, ...]
-    """Of every block the module around its FFN's projections."""
+    """Of every block the module around its FFN's projections; the output projection where no module is."""
     inputs: tuple[tuple[Any, ...], ...]
     """Of every block the projections that write its neurons: gate and up, or fc1."""
     outputs: tuple[Any, ...]
@@ -133,8 +133,9 @@ def find_sites(model: nn.Module) -> Sites:
     text: list[Stack] = []
     vision: list[Stack] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and (stack := _stack(name, module)):
-            (text if (name + ".").startswith(prefix + "." if prefix else "") else vision).append(stack)
+        in_decoder = (name + ".").startswith(prefix + "." if prefix else "")
+        if isinstance(module, nn.ModuleList) and len(module) and (stack := _stack(name, module, in_decoder)):
+            (text if in_decoder else vision).append(stack)
     if len(text) != 1:
         found = ", ".join(s.name for s in text) or "none"
         raise ModelError(
@@ -155,8 +156,8 @@ def find_decoder(model: Any) -> Any:
     return getattr(decoder, families.INNER_DECODER, decoder)
 
 
-def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
-    parts = [_ffn(block) for block in blocks]
+def _stack(name: str, blocks: nn.ModuleList, in_decoder: bool) -> Stack | None:
+    parts = [_ffn(block, in_decoder) for block in blocks]
     for i, block in enumerate(blocks):
         experts = [n for n, _ in block.named_parameters() if families.EXPERTS in n.split(".")]
         if experts:
@@ -173,18 +174,20 @@ def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
     return Stack(name, tuple(blocks), ffns, inputs, outputs, widths[0], _is_transposed(outputs[0]))
 
 
-def _ffn(block: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module] | None:
+def _ffn(block: nn.Module, in_decoder: bool) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module] | None:
     """(the FFN, its input projections, its output projection) of a block that has exactly one."""
     outputs = []
     for name, module in _projections(block):
         *parents, own = name.split(".")
-        if own in families.OUTPUT_NAMES and any(p in families.FFN_NAMES for p in parents):
+        bare = in_decoder and not parents and own in families.BARE_OUTPUTS
+        if bare or own in families.OUTPUT_NAMES and any(p in families.FFN_NAMES for p in parents):
             outputs.append((".".join(parents), module))
     if len(outputs) != 1:
         return None
     parent, output = outputs[0]
-    ffn = block.get_submodule(parent)
-    siblings = [module for _, module in _projections(ffn) if module is not output]
+    around = block.get_submodule(parent)
+    siblings = [m for name, m in _projections(around) if m is not output and (parent or "." not in name)]
+    ffn = around if parent else output
     return ffn, tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
 
 
