@@ -206,10 +206,14 @@ def _check_route(call: _Call, batch: Batch, faster: ExitStack) -> float | None:
     model's own code, replayed, gives something else."""
     model, config, name = call.model, call.config, type(call.model).__name__
     alpha = float(min(call.nodes, key=lambda node: abs(node - 0.5)))
-    objective, expected = partial(objective_value, objective=config.objective), None
+    expected = None
+
+    def objective(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+        return objective_value(logits, labels, config.objective)
+
     assert config.positions is not None
     with suppress(InputError, torch.OutOfMemoryError):  # the search says what is wrong with the whole batch
-        samples = (model, call.sites, call.stack, *first_samples(batch, config.positions, model.config))
+        samples = (model, call.sites, call.stack, *first_samples(model, batch, config.positions))
         expected = plain_scores(*samples, alpha, objective)
     faster.enter_context(accelerated(model, call.sites.stacks))
     if expected is None or not bool(expected.isfinite().all()):
