@@ -15,16 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mipfast
+from mipfast.data import labelled
 
 FORGET = [("The capital of France is", " Paris"), ("The Eiffel Tower stands in", " Paris")]
 RETAIN = [("The capital of Italy is", " Rome"), ("The Colosseum stands in", " Rome"), ("Two and three make", " five")]
-
-
-def batch(tokenizer, prompt, answer):
-    """One sequence, the answer labelled."""
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
-    labels = [-100] * len(ids[0]) + ids[1]
-    return {"input_ids": torch.tensor([ids[0] + ids[1]]), "labels": torch.tensor([labels])}
 
 
 def main() -> None:
@@ -43,8 +37,8 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    forget = [batch(tokenizer, *pair) for pair in FORGET]
-    retain = [batch(tokenizer, *pair) for pair in RETAIN]
+    forget = [labelled(tokenizer, *pair) for pair in FORGET]
+    retain = [labelled(tokenizer, *pair) for pair in RETAIN]
 
     def judge(when):
         scores = [mipfast.evaluate(model, asked).accuracy for asked in (forget, retain)]

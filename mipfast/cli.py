@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, make_dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from rich.markup import escape
 from tyro.conf import DisallowNone, Fixed, Positional, Suppress, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from mipfast.errors import InputError, MipfastError
+from mipfast.errors import InputError, MipfastError, check_installed
 
 console = Console()
 
@@ -95,8 +94,7 @@ def demo(
     import torch
 
     for module, extra in (("PIL", "data"), ("matplotlib", "eval")):
-        if find_spec(module) is None:
-            raise MipfastError(f"the demo needs {module}; run: pip install 'mipfast[{extra}]'")
+        check_installed("the demo", extra, module)
     from mipfast.demo.report import accuracy_table, write_report
     from mipfast.demo.run import run
     from mipfast.experiment import page

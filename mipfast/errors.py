@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -58,6 +59,13 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if not any(_fits(value, option) for option in options):
         raise InputError(f"{name}={value!r}; expected {' or '.join(map(_shown, options))}")
+
+
+def check_installed(what: str, extra: str, *modules: str) -> None:
+    """Raises MipfastError where a library that something needs is not there; extra: of ours, which brings it."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise MipfastError(f"{what} needs {module}; run: pip install 'mipfast[{extra}]'")
 
 
 def configured(kind: type[T], config: T | None, overrides: Mapping[str, Any]) -> T:

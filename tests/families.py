@@ -113,6 +113,20 @@ def _gpt2():
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=3, n_head=4, **SPECIAL))
 
 
+def _falcon(**layout):
+    config = hf.FalconConfig(vocab_size=64, ffn_hidden_size=48, **(SIZES | dict(num_key_value_heads=None)), **layout)
+    return hf.FalconForCausalLM(config)
+
+
+def _bloom():
+    return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4, **SPECIAL))
+
+
+def _opt(**changes):
+    sizes = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32)
+    return hf.OPTForCausalLM(hf.OPTConfig(vocab_size=64, max_position_embeddings=128, **sizes, **SPECIAL, **changes))
+
+
 def _lora(model, *targets, **settings):
     peft = pytest.importorskip("peft", reason="peft is not installed (it is in the extra dev)")
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets), **settings))
@@ -242,6 +256,26 @@ def _idefics_picture(i, generator):
     return 4 * (i + 1), dict(pixel_values=pixels, pixel_attention_mask=torch.ones(1, 2, 56, 56, dtype=torch.long))
 
 
+def _pixtral(kind, text):
+    """All pictures of a batch are one sequence of the tower."""
+    config = getattr(hf, kind + "Config")(
+        vision_config=dict(model_type="pixtral", image_size=56, patch_size=14, head_dim=16, **TOWER),
+        text_config=text,
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+        **({"vision_feature_layer": -1} if kind == "Mistral3" else {}),
+    )
+    return getattr(hf, kind + "ForConditionalGeneration")(config)
+
+
+def _pixtral_picture(i, generator):
+    """Row 0: 2x2 tokens of 2x2 patches each; row 1: 1x2, padded below."""
+    return 4 - 2 * i, dict(
+        pixel_values=_noise(generator, 1, 3, 56, 56), image_sizes=torch.tensor([[28 if i else 56, 56]])
+    )
+
+
 def _mllama():
     """Text block 1 attends to the pictures. Vision block 0 is read directly; the tower ends in a second, global one."""
     return hf.MllamaForConditionalGeneration(
@@ -295,7 +329,16 @@ FAMILIES = {
         stacks=("model.vision_model.transformer.layers", "model.vision_model.global_transformer.layers"),
         text=False,
     ),
+    "mistral3": Family(lambda: _pixtral("Mistral3", hf.MistralConfig(head_dim=8, **LM)), _pixtral_picture),
+    "lighton-ocr": Family(lambda: _pixtral("LightOnOcr", hf.Qwen3Config(head_dim=8, **LM)), _pixtral_picture),
     "gpt2": Family(_gpt2),
+    "falcon": Family(lambda: _falcon(new_decoder_architecture=False, parallel_attn=True)),
+    "falcon-new": Family(lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2)),
+    "falcon-sequential": Family(lambda: _falcon(new_decoder_architecture=False, parallel_attn=False)),
+    "bloom": Family(_bloom),
+    "doge": Family(lambda: hf.DogeForCausalLM(hf.DogeConfig(**LM))),
+    "opt": Family(_opt),
+    "opt-350m": Family(lambda: _opt(do_layer_norm_before=False)),  # its norms stand behind
     "gpt2-lora": Family(lambda: _lora(_gpt2(), "c_attn", "c_fc", "c_proj", fan_in_fan_out=True)),
     "llava-lora": Family(
         lambda: _lora(_llava(), "q_proj", "up_proj", "down_proj", "fc1", "fc2"), _llava_picture, dead=(2,)

@@ -21,10 +21,12 @@ import torch
 from tiny import split
 
 PEFT = r"(base_model\.model\.)?"  # the wrapper of a LoRA projection bears the projection's name
-TEXT = PEFT + r"(model\.((language|text)_model\.)?layers\.\d+\.mlp\.down_proj|transformer\.h\.\d+\.mlp\.c_proj)"
+TEXT = PEFT + r"(model\.((language|text)_model\.)?layers\.\d+\.mlp\.down_proj|transformer\.h\.\d+\.mlp\.c_proj"
+TEXT += r"|transformer\.h\.\d+\.mlp\.dense_4h_to_h|model\.decoder\.layers\.\d+\.fc2)"
 VISION = (
     PEFT + r"model\.(visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)"
-    r"|vision_(tower|model)\.(.+\.)?layers?\.\d+\.mlp\.fc2)"
+    r"|vision_(tower|model)\.(.+\.)?layers?\.\d+\.mlp\.fc2"
+    r"|vision_(tower|encoder)\.transformer\.layers\.\d+\.feed_forward\.down_proj)"
 )
 
 
@@ -98,7 +100,7 @@ def _one_sample(model, sample, others, text, positions, rule, top_k, objective, 
             _, at_alpha = _run(model, sample, layers, dict(enumerate(leaves)), rows, objective)
             *earlier, own = torch.autograd.grad(at_alpha, leaves, allow_unused=True)
             if own is not None:
-                arrived = True
+                arrived |= bool(own.any())
                 igi += weight * (away[layer] * own).sum(0)
                 ifi += weight * own.square().sum(0)
             for mask, d, gradient in zip(on_path, away, earlier, strict=False):

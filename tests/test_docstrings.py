@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import logging
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ PUBLIC = [
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # the command line, where a test called it, left a handler that prints
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert tried and not failed

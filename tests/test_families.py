@@ -29,6 +29,9 @@ def same(name, batch, **settings):
         found = mipfast.locate(model(name), batch, **COARSE, **settings)
         truth = slow_locate(model(name), batch, **COARSE, **{k: v for k, v in settings.items() if k != "memory_budget"})
     found.scores = found.scores.float()
+    if name == "bloom":  # whose GELU has no forward-mode derivative
+        assert found.report["residuals"] == [None, None]
+        found.report["residuals"] = truth[2].tolist()
     compare(found, truth)
     return found
 
@@ -129,11 +132,12 @@ def test_misdirect_trains_the_path_and_nothing_else(name, ffn, written, read):
 
 
 def test_a_path_fits_with_and_without_lora():
-    """Stacks are named as in the wrapped model, and LoRA leaves the hashed weights alone."""
+    """Stacks are named as in the wrapped model; without its adapter the model is another."""
     wrapped = build("llava-lora")
     path = mipfast.find_sites(wrapped).fingerprint()
     assert path["stacks"].keys() == mipfast.find_sites(build("llava")).fingerprint()["stacks"].keys()
-    assert mipfast.find_sites(wrapped.unload()).check(path)
+    plain = mipfast.find_sites(wrapped.unload())
+    assert plain.check(path, weights=False) and not plain.check(path)
 
 
 # blocks that put a norm or a scale behind their FFN: in bfloat16 that is less than the state's own rounding

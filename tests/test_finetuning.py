@@ -9,7 +9,7 @@ import twins
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
-from mipfast import ArtefactError, DivergedError, InputError, MipfastError, data
+from mipfast import ArtefactError, DivergedError, InputError, MipfastError, data, errors
 from mipfast.data import checkpoint
 from mipfast.data.encoder import Encoder
 from mipfast.experiment import finetune as finetuning
@@ -106,7 +106,7 @@ def test_killed_and_resumed_gives_the_same_weights(qwen, records, trained, tmp_p
 
 
 def test_a_finished_run_says_so_and_another_is_refused(qwen, records, trained, monkeypatch, caplog):
-    monkeypatch.setattr(finetuning, "_trainer", None)
+    monkeypatch.setattr(finetuning, "_arguments", None)
     with caplog.at_level("INFO", "mipfast"):
         assert finetune(qwen, records, trained.parent, CONFIG, "cpu") == trained
     assert "is finished" in caplog.text
@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_used(qwen, records, tmp_path, change, found):
 
 
 def test_missing_libraries_name_the_extra(qwen, records, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "find_spec", lambda name: None if name == "peft" else True)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "peft" else True)
     with pytest.raises(MipfastError, match=r"needs peft; run: pip install 'mipfast\[train\]'"):
         finetune(qwen, records, tmp_path, CONFIG, "cpu")
     with pytest.raises(InputError, match="no records"):

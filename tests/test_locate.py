@@ -183,12 +183,49 @@ def test_text_ids_and_labels_are_enough(llama):
 
 
 def test_ties_go_to_the_lowest_index():
-    """A zero output projection makes every score of its layer exactly 0, with a gradient that does arrive."""
+    """Activations of zero make every score of their layer exactly 0, with a gradient that does arrive."""
     model = tiny_llama(F64)
-    model.model.layers[2].mlp.down_proj.weight.data.zero_()
+    model.model.layers[2].mlp.up_proj.weight.data.zero_()
     found = mipfast.locate(model, text_batch(model, [9], [2]))
     assert found.path[0, 2].tolist() == [0, 1, 2, 3, 4]
-    assert (found.scores[0, 2] == 0).all()
+    assert (found.scores[0, 2] == 0).all() and not found.report["layers_without_gradient"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, dict(search="pointwise"), dict(score="ifi"), dict(combine="product")], ids=str
+)
+def test_a_gradient_of_exactly_zero_is_no_gradient(settings):
+    """A zero output projection: nothing behind it depends on its layer's neurons."""
+    model = tiny_llama(F64)
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    found = mipfast.locate(model, text_batch(model, [9, 12], [2, 1]), **settings)
+    assert (found.path[:, 0] == -1).all() and (found.scores[:, 0] == 0).all() and (found.path[:, 1:] >= 0).all()
+    assert found.report["layers_without_gradient"] == [0] and found.report["without_gradient"] == [[0], [0]]
+
+
+@pytest.mark.parametrize("search", ["greedy", "pointwise"])
+def test_the_first_token_of_the_last_layer_reaches_no_label(llama, llama_batch, search):
+    found = same(llama, llama_batch, positions="first", search=search)
+    assert (found.path[:, 3] == -1).all() and (found.path[:, :3] >= 0).all()
+    assert found.report["layers_without_gradient"] == [3] and found.report["without_gradient"] == [[3], [3]]
+
+
+@pytest.mark.parametrize("search", ["greedy", "pointwise"])
+def test_a_sample_s_own_gradient_may_be_zero(llama, search):
+    """Of the second sample the chosen position is the label's own, which no logits see; the first is unharmed."""
+    batch, positions = text_batch(llama, [9, 9], [3, 1], None, seed=2), torch.tensor([[5], [8]])
+    found = mipfast.locate(llama, batch, positions=positions, search=search)
+    alone = mipfast.locate(llama, split(batch, 0), positions=[5], search=search)
+    torch.testing.assert_close(found.scores[0], alone.scores[0], rtol=1e-6, atol=1e-9)
+    assert found.path[0].equal(alone.path[0]) and (found.path[0] >= 0).all()
+    assert (found.path[1] == -1).all() and (found.scores[1] == 0).all()
+    assert found.report["layers_without_gradient"] == []
+    assert found.report["without_gradient"] == [[], [0, 1, 2, 3]]
+    for aggregate in ("union", "mean"):
+        both, first = (mipfast.NeuronPath.select(a, per_layer=5, aggregate=aggregate) for a in (found, alone))
+        assert {k: sorted(v.tolist()) for k, v in both.items()} == {k: sorted(v.tolist()) for k, v in first.items()}
+    other = mipfast.locate(llama, split(batch, 1), positions=[8], search=search)  # dead in this one's only sample
+    assert mipfast.NeuronPath.select([alone, other], per_layer=5).keys() == first.keys()
 
 
 # ------------------------------------------------------------------------------------ text, Qwen2.5-VL

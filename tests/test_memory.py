@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from tiny import image_batch, split, text_batch, tiny_llama, tiny_llava, tiny_qwen_vl
+from tiny import image_batch, split, text_batch, tiny_llama, tiny_llava, tiny_qwen_vl, unchecked_route
 
 import mipfast
 from mipfast.model.sites import find_sites
-from mipfast.scoring import memory, nodes
+from mipfast.scoring import memory, nodes, search
 from mipfast.scoring.capture import capture
 
 F64 = torch.float64
@@ -34,6 +34,7 @@ def case(modality):
 def running_out(monkeypatch, too_much):
     """Every score over more than is allowed raises, as a GPU would."""
     seen = []
+    monkeypatch.setattr(search, "_check_route", unchecked_route)
     for kind in (nodes.ResidualNodes, nodes.HookedNodes):
 
         def score(self, *args, _score=kind.score):

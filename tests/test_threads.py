@@ -33,18 +33,23 @@ def one_model():
 
 
 def state(model):
-    """What a call may leave behind: attributes of modules, and what their configs say."""
-    own = {name: dict(vars(module)) for name, module in model.named_modules()}
+    """What a call may leave behind: attributes of modules, and what their configs say. Qwen-VL itself keeps rope_deltas
+    of its last pass."""
+    own = {name: {k: v for k, v in vars(m).items() if k != "rope_deltas"} for name, m in model.named_modules()}
     return own, [(id(m.config), m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")]
 
 
+def registries():
+    return [list(r) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
+
+
 @pytest.mark.parametrize(
-    ("work", "times"), [(twins, 30), (text_and_pictures, 5), (one_model, 5)], ids=["twins", "pictures", "one model"]
+    ("work", "times"), [(twins, 15), (text_and_pictures, 2), (one_model, 2)], ids=["twins", "pictures", "one model"]
 )
 def test_two_threads_give_the_serial_numbers(work, times):
     work = [(model, batch, dict(n_steps=2, **settings)) for model, batch, settings in work()]
     serial = [locate(model, batch, **settings) for model, batch, settings in work]
-    registries = [list(r) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
+    registered = registries()
     before = [state(model) for model, _, _ in work]
 
     def calls(one):
@@ -59,7 +64,7 @@ def test_two_threads_give_the_serial_numbers(work, times):
             assert ((one.scores - expected.scores).abs() <= 1e-5 * scale).all() and one.path.equal(expected.path)
             torch.testing.assert_close(one.report["residuals"], expected.report["residuals"], rtol=1e-3, atol=1e-5)
     assert [state(model) for model, _, _ in work] == before
-    assert [list(r) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)] == registries
+    assert registries() == registered
 
 
 def test_a_config_inside_another_stays_the_same_object():

@@ -45,11 +45,10 @@ def agreement(questions: Sequence[Question], each: Sequence[Sequence[str]]) -> d
 def flagged(accuracy: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> list[str]:
     """`flags` of a row, beside the model before."""
 
-    def scores(of: dict[str, dict[str, float]]) -> Scores:
-        means = {Measure(group, kind, "cloze", "accuracy"): of[group][kind] for group in of for kind in of[group]}
-        return Scores(means, {}, {}, Path())
+    def means(of: dict[str, dict[str, float]]) -> dict[Measure, float]:
+        return {Measure(group, kind, "cloze", "accuracy"): of[group][kind] for group in of for kind in of[group]}
 
-    return flags(scores(accuracy), scores(before))
+    return flags(Scores(means(accuracy), {}, {}, Path(), means(before)))
 
 
 def region(accuracy: dict[str, dict[str, float]], said: Sequence[str]) -> str:

@@ -36,6 +36,50 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
+def labelled(tokenizer: Any, prompt: str, answer: str) -> dict[str, torch.Tensor]:
+    """A batch of one text without a chat template, its answer labelled; see `Encoder` for all else.
+
+    Args:
+        tokenizer: the model's.
+        prompt: the text before the answer.
+        answer: with the space that separates it from the prompt, where the tokenizer wants one. Both are tokenised on
+            their own: counting the prompt's tokens in the whole text goes wrong where a tokenizer appends an end token.
+
+    Returns:
+        input_ids and labels [1,S] int64, -100 but for the answer.
+
+    Raises:
+        InputError: for a prompt or an answer without tokens.
+
+    Example:
+        >>> import mipfast
+        >>> from pathlib import Path
+        >>> from mipfast.data import labelled
+        >>> from mipfast.samples import Encoder
+        >>> encoder = Encoder.from_pretrained(Path(mipfast.__file__).parent / "demo" / "weights" / "base")
+        >>> labelled(encoder.tokenizer, "Name the pet", "dog")["labels"].tolist()[0][:-1]
+        [-100, -100, -100]
+    """
+    before = _opened(tokenizer, prompt)
+    scored = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    _check_tokens(before, scored)
+    labels = [-100] * len(before) + scored
+    return {"input_ids": torch.tensor([before + scored]), "labels": torch.tensor([labels])}
+
+
+def _opened(tokenizer: Any, text: str, special: bool = True) -> list[Any]:
+    """The tokens of a text behind which an answer stands: with what the tokenizer puts in front, without an end."""
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text)["input_ids"]) if special else plain
+    ends = (at + len(plain) for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return whole[: next(ends, len(whole))]
+
+
+def _check_tokens(prompt: list[int], answer: list[int]) -> None:
+    if not prompt or not answer:
+        raise InputError(f"the {'answer' if prompt else 'prompt'} gives no token; expected at least one")
+
+
 class Encoder:
     """Records to model inputs.
 
@@ -88,8 +132,10 @@ class Encoder:
         return cls(tokenizer, images, config)
 
     def fingerprint(self) -> str:
-        """A hash of what turns records into inputs."""
+        """A hash of what turns records into inputs, and of what the template makes of a prompt now: it may write the
+        date."""
         parts = [
+            repr(self.tokenizer(self._text("prompt", None))["input_ids"]),
             self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer.get_vocab()),
             repr(getattr(self._renderer, "chat_template", None)),
             self.image_processor.to_json_string() if self.image_processor else "",
@@ -108,7 +154,7 @@ class Encoder:
         if picture:
             self._check_sees()
         text = self._text(record.prompt, picture)
-        prompt = list(self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"])
+        prompt = _opened(self.tokenizer, text, self._adds_bos(text))
         count = prompt.count(self._image_token) if self._image_token is not None else 0
         if count != bool(picture):
             raise InputError(f"the prompt has {count} image placeholders; expected {'one' if picture else 'none'}")
@@ -117,8 +163,7 @@ class Encoder:
             tokens, patches = self._expansion(text, prompt, at, picture.size)
             prompt[at : at + 1] = tokens
         answer = list(self.tokenizer(record.target, add_special_tokens=False)["input_ids"])
-        if not prompt or not answer:
-            raise InputError(f"the {'answer' if prompt else 'prompt'} gives no token; expected at least one")
+        _check_tokens(prompt, answer)
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(prompt) + len(answer) > longest:
             raise InputError(f"{len(prompt) + len(answer)} tokens; the model takes {longest}: shorten the sample")

@@ -5,7 +5,7 @@ Notation: F a forget batch, R a retain batch, CE(D) the mean cross-entropy over 
 of a sample, theta0 the weights before training. Only label tokens count: prompts and padding have no part in any loss.
 What a loss needs of theta0 is measured before the first step and kept; there is no second model.
 
-To add one: a dataclass of its settings that derives from `Method` and says its lr and its terms, and a line in METHODS.
+To add one: a dataclass of its settings that derives from `Method` and says its lr and losses, and a line in METHODS.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from mipfast.edit.prune import check_prunable, prune
 from mipfast.edit.steering import steering_target
 from mipfast.edit.train import Losses, Trainable, descend, order, take_batches, training
 from mipfast.errors import DivergedError, InputError, configured
-from mipfast.model.batch import Batch, without_labels
+from mipfast.model.batch import Batch, attended, read_batch, without_labels
 from mipfast.model.likelihood import cross_entropy, log_probs, sample_nll
-from mipfast.model.patching import frozen_eval, removing, unwrapped
+from mipfast.model.patching import frozen_eval, unwrapped
 from mipfast.model.sites import Stack, find_sites
 
 Numbered = Mapping[int, Batch]  # batches by their numbers
 Pair = tuple[int, int]  # the numbers of a step's forget batch and its retain batch
 Terms = Callable[[Pair], Iterator[Losses]]
+Loss = Callable[[int], torch.Tensor]  # of the batch with a number
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class BaselineConfig:
 
 
 class Method(ABC):
-    """A loss over one forget and one retain batch per step."""
+    """A loss over one forget and one retain batch per step: gamma times the one's, plus alpha times the other's."""
 
+    gamma: float = 1.0
+    alpha: float = 1.0
     lr: ClassVar[float]
 
     def trainable(self, model: nn.Module) -> Trainable:
@@ -70,18 +73,31 @@ class Method(ABC):
         return dict(parts)
 
     @abstractmethod
-    def terms(self, model: nn.Module, forget: Numbered, retain: Numbered, first: Pair, seed: int) -> Terms:
-        """The loss: called before training, when what is kept of theta0 is measured.
+    def losses(
+        self, model: nn.Module, forget: Numbered, retain: Numbered, first: Pair, seed: int
+    ) -> tuple[Loss, Loss | None]:
+        """The forget loss and the retain loss, or None: called before training, when what is kept of theta0 is
+        measured.
 
         Args:
             model: at theta0.
             forget, retain: the batches that the run will see.
             first: the first step's pair.
             seed: the config's.
-
-        Returns:
-            A function from a step's pair to the terms of its loss. Each goes backward before the next is computed.
         """
+
+    def terms(self, model: nn.Module, forget: Numbered, retain: Numbered, first: Pair, seed: int) -> Terms:
+        """A function from a step's pair to the terms of its loss; each goes backward before the next is computed."""
+        away, held = self.losses(model, forget, retain, first, seed)
+
+        def of(pair: Pair) -> Iterator[Losses]:
+            loss = away(pair[0])
+            yield Losses(self.gamma * loss, loss)
+            if held:
+                loss = held(pair[1])
+                yield Losses(self.alpha * loss, retain=loss)
+
+        return of
 
 
 @dataclass(frozen=True)
@@ -92,12 +108,8 @@ class GA(Method):
 
     lr: ClassVar[float] = 2e-5
 
-    def terms(self, model, forget, retain, first, seed):
-        def of(pair: Pair) -> Iterator[Losses]:
-            away = -cross_entropy(model, forget[pair[0]])
-            yield Losses(away, away)
-
-        return of
+    def losses(self, model, forget, retain, first, seed):
+        return lambda i: -cross_entropy(model, forget[i]), None
 
 
 @dataclass(frozen=True)
@@ -113,18 +125,12 @@ class GradDiff(Method):
     """Weight of the retain term."""
     lr: ClassVar[float] = 1e-5
 
-    def terms(self, model, forget, retain, first, seed):
-        def of(pair: Pair) -> Iterator[Losses]:
-            away = -cross_entropy(model, forget[pair[0]])
-            yield Losses(self.gamma * away, away)
-            held = cross_entropy(model, retain[pair[1]])
-            yield Losses(self.alpha * held, retain=held)
-
-        return of
+    def losses(self, model, forget, retain, first, seed):
+        return lambda i: -cross_entropy(model, forget[i]), lambda i: cross_entropy(model, retain[i])
 
 
 @dataclass(frozen=True)
-class KLMin(Method):
+class KLMin(GradDiff):
     """KL minimisation: L = -gamma CE(F) + alpha mean KL(p_theta0 || p_theta) over R's label tokens.
 
     Maini et al., TOFU, arXiv 2401.06121: gamma = alpha = 1, lr 1e-5. open-unlearning averages over prompts and padding
@@ -132,25 +138,17 @@ class KLMin(Method):
     vocabulary are kept on the CPU at the label tokens of the retain batches that the run will see: 2 bytes (float16) x
     tokens x vocabulary, 0.3 GB for 1000 tokens of a vocabulary of 152k."""
 
-    gamma: float = 1.0
-    """Weight of the forget term."""
-    alpha: float = 1.0
-    """Weight of the retain term."""
     dtype: Literal["float16", "float32", "float64"] = "float16"
     """Of the log-probabilities that are kept."""
-    lr: ClassVar[float] = 1e-5
 
-    def terms(self, model, forget, retain, first, seed):
+    def losses(self, model, forget, retain, first, seed):
         kept = _before(retain, lambda batch: log_probs(model, batch)[0].to("cpu", getattr(torch, self.dtype)))
 
-        def of(pair: Pair) -> Iterator[Losses]:
-            away = -cross_entropy(model, forget[pair[0]])
-            yield Losses(self.gamma * away, away)
-            now, _ = log_probs(model, retain[pair[1]])
-            kl = F.kl_div(now, kept[pair[1]].to(now), reduction="none", log_target=True).sum(-1).mean()
-            yield Losses(self.alpha * kl, retain=kl)
+        def divergence(i: int) -> torch.Tensor:
+            now, _ = log_probs(model, retain[i])
+            return F.kl_div(now, kept[i].to(now), reduction="none", log_target=True).sum(-1).mean()
 
-        return of
+        return lambda i: -cross_entropy(model, forget[i]), divergence
 
 
 @dataclass(frozen=True)
@@ -174,18 +172,14 @@ class NPO(Method):
         if not self.beta > 0:
             raise InputError(f"beta={self.beta}; expected a positive number")
 
-    def terms(self, model, forget, retain, first, seed):
+    def losses(self, model, forget, retain, first, seed):
         kept = _before(forget, lambda batch: sample_nll(model, batch))
 
-        def of(pair: Pair) -> Iterator[Losses]:
-            behind = sample_nll(model, forget[pair[0]]) - kept[pair[0]]
-            away = -2 / self.beta * F.logsigmoid(self.beta * behind).mean()
-            yield Losses(self.gamma * away, away)
-            if self.alpha:
-                held = cross_entropy(model, retain[pair[1]])
-                yield Losses(self.alpha * held, retain=held)
+        def preference(i: int) -> torch.Tensor:
+            behind = sample_nll(model, forget[i]) - kept[i]
+            return -2 / self.beta * F.logsigmoid(self.beta * behind).mean()
 
-        return of
+        return preference, (lambda i: cross_entropy(model, retain[i])) if self.alpha else None
 
 
 @dataclass(frozen=True)
@@ -223,7 +217,7 @@ class RMU(Method):
             for i in range(max(0, layer - 2), layer + 1)
         }
 
-    def terms(self, model, forget, retain, first, seed):
+    def losses(self, model, forget, retain, first, seed):
         sites = find_sites(model)
         layer = steering_layer(self, sites)
         steering = RMisUConfig(steering_coeff=self.steering_coeff, unit=self.unit, direction=self.direction, seed=seed)
@@ -234,14 +228,10 @@ class RMU(Method):
         kept = _before(retain, hidden)
         before = _before({first[0]: forget[first[0]]}, hidden)[first[0]]
         target = steering_target(steering, before, torch.cat(list(kept.values())))
-
-        def of(pair: Pair) -> Iterator[Losses]:
-            away = ops.misdirection_loss(hidden(forget[pair[0]]), target)
-            yield Losses(away, away)
-            held = ops.misdirection_loss(hidden(retain[pair[1]]), kept[pair[1]])
-            yield Losses(self.alpha * held, retain=held)
-
-        return of
+        return (
+            lambda i: ops.misdirection_loss(hidden(forget[i]), target),
+            lambda i: ops.misdirection_loss(hidden(retain[i]), kept[i]),
+        )
 
 
 @dataclass(frozen=True)
@@ -414,13 +404,13 @@ def _importances(model: nn.Module, stacks: Sequence[Stack], batches: Iterable[Ba
         return hook
 
     for batch in batches:
-        mask = batch.get("attention_mask")
-        attended = mask.bool() if mask is not None and mask.ndim == 2 else None
+        batch, _ = read_batch(model, batch)
+        seen = attended(batch)
         with ExitStack() as hooks:
             for stack in stacks:
                 for layer, output in enumerate(stack.outputs):
-                    which = attended if stack is stacks[0] else None
-                    hooks.enter_context(removing(output.register_forward_pre_hook(add(stack, layer, which))))
+                    which = seen if stack is stacks[0] else None
+                    hooks.enter_context(output.register_forward_pre_hook(add(stack, layer, which)))
             model(**without_labels(batch), use_cache=False)
     importances = {}
     for name, moments in sums.items():

@@ -11,7 +11,7 @@ from torch import nn
 from mipfast.edit.prune import active_prunes
 from mipfast.errors import InputError
 from mipfast.model import families
-from mipfast.model.batch import Batch, check_inputs, image_token, without_labels
+from mipfast.model.batch import Batch, image_token, read_batch, without_labels
 from mipfast.model.patching import plain_forward, removing, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import Sites, check_layer, find_sites
@@ -52,9 +52,9 @@ def hidden_states(
     model = unwrapped(model)
     stack = (sites or find_sites(model)).text
     check_layer(layer, stack)
-    check_inputs(model, batch)
+    batch, labels = read_batch(model, batch)
     block, ffn = stack.blocks[layer], stack.ffns[layer]
-    inputs, rows, shape = _seen(model, batch, text_rows(batch, positions).index)
+    inputs, rows, shape = _seen(model, batch, text_rows(batch, positions, labels).index)
 
     def gather(module: nn.Module, args: tuple) -> tuple:
         return args if args[0].shape[:-1] != shape else (args[0].flatten(0, 1)[None, rows], *args[1:])

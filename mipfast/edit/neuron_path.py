@@ -106,7 +106,7 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
                 chosen = [layer[layer >= 0].unique() for layer in paths.unbind(1)]
             else:
                 chosen = _best(_aggregate(group, kept.get(stack, []), aggregate), fraction, per_layer, scope)
-            dead = set().union(*(a.report["layers_without_gradient"] for a in group))
+            dead = set.intersection(*(set(a.report["layers_without_gradient"]) for a in group))
             neurons |= {(stack, i): c for i, c in enumerate(chosen) if len(c) and i not in dead}
         budget: dict[str, Any] = {"per_layer": per_layer} if per_layer else {"fraction": fraction, "scope": scope}
         baselines = sorted({a.report.get("baseline", "zero") for group in forget.values() for a in group})

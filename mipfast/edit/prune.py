@@ -151,7 +151,8 @@ def check_neurons(model: nn.Module, path: Neurons, written: bool) -> tuple[Sites
         neurons[key] = indices.long()
     sites = find_sites(model)
     fingerprint = getattr(path, "fingerprint", None)
-    if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint) and not active_prunes(model):
+    # a prune in force changes the weights: what they were before it is not asked
+    if fingerprint and fingerprint["stacks"] and not sites.check(fingerprint, weights=not active_prunes(model)):
         log.warning(
             "this path was located on other weights of the same architecture; its neurons may mean nothing here"
         )

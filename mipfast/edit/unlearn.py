@@ -15,7 +15,8 @@ from mipfast.edit.neuron_path import NeuronPath
 from mipfast.edit.prune import active_prunes, check_prunable, prune
 from mipfast.edit.train import take_batches
 from mipfast.errors import InputError, configured
-from mipfast.model.batch import Batch, find_labels
+from mipfast.model.batch import Batch, read_batch
+from mipfast.model.fingerprint import unchanged
 from mipfast.model.patching import unwrapped
 from mipfast.model.sites import Sites, find_sites
 from mipfast.scoring.attribution import Attribution
@@ -71,7 +72,7 @@ def unlearn(
     for name, batches in (("forget", forget), ("retain", retain)):
         for i, batch in enumerate(batches):  # before hours of locating
             try:
-                find_labels(batch)
+                read_batch(model, batch)
             except InputError as error:
                 raise InputError(f"{name} batch {i}: {error}") from error
     model, sites = unwrapped(model), find_sites(model)
@@ -117,11 +118,12 @@ def locate_path(
     text = [b for b in forget if "pixel_values" not in b]
     images = [b for b in forget if "pixel_values" in b]
     located: dict[str, Attribution] = {}
-    if text:
-        located["text"] = locate(model, text, config.text, progress=config.progress)
-    if images and config.vision and sites.vision:
-        located["vision"] = locate(model, images, config.vision, progress=config.progress)
-    kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
+    with unchanged(model):
+        if text:
+            located["text"] = locate(model, text, config.text, progress=config.progress)
+        if images and config.vision and sites.vision:
+            located["vision"] = locate(model, images, config.vision, progress=config.progress)
+        kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
     path = select_path(sites, located.get("text"), located.get("vision"), kept, config)
     return path, {name: one.report for name, one in located.items()}
 

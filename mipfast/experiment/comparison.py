@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from mipfast.data.records import RECORD_MODALITIES
 from mipfast.errors import ArtefactError, InputError
+from mipfast.experiment.config import without
 from mipfast.experiment.page import line
 from mipfast.judge.metrics import forgetting_rate, retention
 
@@ -65,23 +66,22 @@ class Scores:
     """{"group/modality/task/metric": {id: value}}, as far as it is on disk."""
     folder: Path
     """Where the answers are."""
+    vanilla: dict[Measure, float] | None = None
+    """The means of its run's vanilla model, its own where it is that one."""
 
-    @property
-    def fingerprint(self) -> str:
-        return repr(sorted(self.means.items()))  # as text, nan equals nan
-
-    def rate(self, base: Scores | None, measure: Measure) -> float | None:
-        """Percent, relative to base: forgetting rate on a forget set, else retention; None where neither is defined."""
-        if base is None or measure not in self.means or not base.means.get(measure):
+    def rate(self, measure: Measure) -> float | None:
+        """Percent, relative to the vanilla model: forgetting rate on a forget set, else retention; None where neither
+        is defined."""
+        if not self.vanilla or measure not in self.means or not self.vanilla.get(measure):
             return None
         if measure.metric not in KNOWLEDGE or measure.role not in ROLES:
             return None
         rate = forgetting_rate if measure.role == "forget" else retention
-        return rate(base.means[measure], self.means[measure])
+        return rate(self.vanilla[measure], self.means[measure])
 
-    def overall(self, base: Scores | None, role: str, modality: str) -> float | None:
+    def overall(self, role: str, modality: str) -> float | None:
         """The mean rate over the HEADLINE metrics there are."""
-        rates = [self.rate(base, Measure(role, modality, task, metric)) for task, metric in HEADLINE.items()]
+        rates = [self.rate(Measure(role, modality, task, metric)) for task, metric in HEADLINE.items()]
         known = [rate for rate in rates if rate is not None]
         return fmean(known) if known else None
 
@@ -101,19 +101,16 @@ class Run:
         """What runs that differ in the seed alone have in common."""
         if self.facts.get("seed") is None:
             return self.name
-        same = [_without(self.facts.get("config"), "seed", "out", "title"), self.facts.get("versions"), self.roles]
+        same = [without(self.facts.get("config"), "seed", "out", "title"), self.facts.get("versions"), self.roles]
         return json.dumps([same, sorted(self.models)], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model of one run, or of several that differ in the seed alone; scores, bases and flags have an entry for each
-    run."""
+    """A model of one run, or of several that differ in the seed alone; scores and flags have an entry for each run."""
 
     name: str
     scores: list[Scores]
-    bases: Sequence[Scores | None]
-    """The vanilla model's scores, or None."""
     flags: list[list[str]]
     """Of "name: words"."""
     is_vanilla: bool = False
@@ -122,12 +119,10 @@ class ModelRow:
         return [scores.means[measure] for scores in self.scores if measure in scores.means]
 
     def rates(self, measure: Measure) -> list[float]:
-        rates = (scores.rate(base, measure) for scores, base in zip(self.scores, self.bases, strict=True))
-        return [rate for rate in rates if rate is not None]
+        return [rate for scores in self.scores if (rate := scores.rate(measure)) is not None]
 
     def overall(self, role: str, modality: str) -> list[float]:
-        rates = (scores.overall(base, role, modality) for scores, base in zip(self.scores, self.bases, strict=True))
-        return [rate for rate in rates if rate is not None]
+        return [rate for scores in self.scores if (rate := scores.overall(role, modality)) is not None]
 
     @property
     def label(self) -> str:
@@ -165,11 +160,6 @@ class Comparison:
         """(task, metric) of HEADLINE, as far as there are."""
         return [pair for pair in HEADLINE.items() if any(measure[2:] == pair for measure in self.measures)]
 
-    @cached_property
-    def others(self) -> list[tuple[str, str]]:
-        """Every other (task, metric)."""
-        return sorted({measure[2:] for measure in self.measures} - set(self.headline))
-
 
 def compare(folders: Iterable[str | Path]) -> Comparison:
     """Read runs and put them beside each other.
@@ -204,35 +194,34 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     if twice := {str(path) for path in full if full.count(path) > 1}:
         raise InputError(f"{', '.join(sorted(twice))} is given more than once; give every folder once")
     read = [_read(path) for path in paths]
-    every: dict[str, str] = {}
-    for facts, _ in read:
-        every |= _roles(facts)
+    every = {group: role for facts, _ in read for group, role in _roles(facts).items()}
     last = [path.name for path in full]
     runs = []
     for path, name, (facts, models) in zip(paths, last, read, strict=True):
         roles = _roles(facts) or every
         scores = {model: _scores(means, folder, roles) for model, (means, folder) in models.items()}
+        vanilla = scores[VANILLA].means if VANILLA in scores else None
+        scores = {model: replace(one, vanilla=vanilla) for model, one in scores.items()}
         unique = last.count(name) == 1 and name != VANILLA
         runs.append(Run(line(name if unique else path), path, facts, roles, scores))
     return Comparison(runs, _rows(runs))
 
 
-def flags(scores: Scores, base: Scores | None, measures: Iterable[Measure] = ()) -> list[str]:
+def flags(scores: Scores, measures: Iterable[Measure] = ()) -> list[str]:
     """What is wrong with a model, as "name: words".
 
-    no_vanilla: base is None. diverged: a mean is not finite. inconsistent_modality: on the forget set, the mean
+    no_vanilla: there is none. diverged: a mean is not finite. inconsistent_modality: on the forget set, the mean
     forgetting rates of text and of image questions, over the HEADLINE metrics that both have, are more than GAP = 25
     percentage points apart. collapse: a HEADLINE metric's retention on a retain or general set is below COLLAPSE =
     15 %. missing_metrics: one of measures has no value.
 
     Args:
         scores: the model's.
-        base: the vanilla model's.
         measures: what other rows have."""
-    said = ["no_vanilla: nothing to compare with"] if base is None else []
+    said = ["no_vanilla: nothing to compare with"] if scores.vanilla is None else []
     if bad := [measure for measure, mean in scores.means.items() if not math.isfinite(mean)]:
         said.append(f"diverged: not finite is {_listed(map(_named, bad))}")
-    rates = {measure: scores.rate(base, measure) for measure in scores.means}
+    rates = {measure: scores.rate(measure) for measure in scores.means}
     known = {p: rate for p, rate in rates.items() if rate is not None and HEADLINE.get(p.task) == p.metric}
     both = [
         (known[p], known[q])
@@ -319,9 +308,9 @@ def _rows(runs: list[Run]) -> list[ModelRow]:
     vanillas: dict[tuple[str, ...], tuple[list[Scores], list[str]]] = {}
     rows = []
     for some in joined.values():
-        name, bases = ", ".join(run.name for run in some), [run.models.get(VANILLA) for run in some]
-        if known := [base for base in bases if base]:
-            prints = [base.fingerprint for base in known]
+        name = ", ".join(run.name for run in some)
+        if known := [run.models[VANILLA] for run in some if VANILLA in run.models]:
+            prints = [repr(sorted(scores.means.items())) for scores in known]  # as text, nan equals nan
             if len(set(prints)) == 1:  # one model, not a draw for each seed
                 known, prints = known[:1], prints[:1]
             vanillas.setdefault(tuple(prints), (known, []))[1].append(name)
@@ -329,15 +318,15 @@ def _rows(runs: list[Run]) -> list[ModelRow]:
         for model in edited:
             every = [run.models[model] for run in some]
             said = [
-                [*flags(scores, base, measures), *(f"run_note: {line(flag)}" for flag in run.facts.get("flags", []))]
-                for run, scores, base in zip(some, every, bases, strict=True)
+                [*flags(scores, measures), *(f"run_note: {line(flag)}" for flag in run.facts.get("flags", []))]
+                for run, scores in zip(some, every, strict=True)
             ]
-            rows.append(ModelRow(name if len(edited) == 1 else f"{name}: {line(model)}", every, bases, said))
+            rows.append(ModelRow(name if len(edited) == 1 else f"{name}: {line(model)}", every, said))
     before = []
     for known, names in vanillas.values():
         name = VANILLA if len(vanillas) == 1 else f"{VANILLA} of {'; '.join(names)}"
-        said = [flags(scores, scores, measures) for scores in known]
-        before.append(ModelRow(name, known, known, said, is_vanilla=True))
+        said = [flags(scores, measures) for scores in known]
+        before.append(ModelRow(name, known, said, is_vanilla=True))
     return before + rows
 
 
@@ -348,9 +337,3 @@ def _named(measure: Measure) -> str:
 def _listed(items: Iterable[str]) -> str:
     every = [*items]
     return ", ".join(every[:3]) + f" and {len(every) - 3} more" * (len(every) > 3)
-
-
-def _without(value: Any, *names: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(inner, *names) for key, inner in value.items() if key not in names}
-    return value

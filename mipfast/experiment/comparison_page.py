@@ -6,7 +6,7 @@ import json
 import math
 import textwrap
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,13 +33,12 @@ AIMS = {metric: {"forget": "↓"} | UP for metric in KNOWLEDGE} | {
 
 def overview(comparison: Comparison) -> Grid:
     """Rates over the headline metrics, and flags, a line for each row."""
-    sides = [(role, modality) for role in ROLES for modality in RECORD_MODALITIES]
-    sides = [side for side in sides if any(row.overall(*side) for row in comparison.rows)]
+    sides = [side for side in product(ROLES, RECORD_MODALITIES) if any(row.overall(*side) for row in comparison.rows)]
     heads = [f"{'forgotten' if role == 'forget' else f'{role} kept'}\n{modality}, %" for role, modality in sides]
     lines = []
     for row in comparison.rows:
-        rates = [spread(row.overall(*side), len(row.scores)) for side in sides]
         size = len(row.scores)
+        rates = [spread(row.overall(*side), size) for side in sides]
         named = [flag if n == size else f"{flag} ({n} of {size})" for flag, n in row.flagged.items()]
         lines.append([row.label, *rates, ", ".join(named)])
     of = ", ".join(f"{task} {metric}" for task, metric in comparison.headline) or "nothing: no headline metric is here"
@@ -131,7 +130,8 @@ def parts(comparison: Comparison) -> list[Part]:
             bars = partial(bars_figure, f"{task}: {metric}, percent", _bars(comparison, task, metric), roles)
             alt = f"Bars of {task} {metric} by run, role and modality; the table above has the numbers"
             report.append(Plot(f"{task}-{metric}.png", alt, bars))
-    rest = [metric_grid(comparison, task, metric) for task, metric in comparison.others]
+    others = sorted({measure[2:] for measure in comparison.measures} - set(comparison.headline))
+    rest = [metric_grid(comparison, task, metric) for task, metric in others]
     report += [Fold(f"{len(rest)} more metrics", rest)] if rest and comparison.headline else rest
     edited = [(run, model) for run in comparison.runs for model in run.models if model != VANILLA]
     if told := [Fold(f"{run.name}: {line(model)}", some) for run, model in edited if (some := answers(run, model))]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +12,7 @@ import yaml
 
 from mipfast.data import Record, load_groups
 from mipfast.edit.config import MIPConfig, RMisUConfig
-from mipfast.errors import InputError, MipfastError, check_counts, check_fields, check_value
+from mipfast.errors import InputError, check_counts, check_fields, check_installed, check_value
 from mipfast.experiment.finetune import FinetuneConfig, check_machine
 
 T = TypeVar("T")
@@ -158,20 +157,19 @@ class Experiment:
             raise InputError(f"the experiment has no {', '.join(missing)}; expected a file like examples/*.yaml")
         if self.finetune:
             check_machine(self.finetune, self.device)
-        for module in ("rouge_score", "sacrebleu"):
-            if find_spec(module) is None:
-                raise MipfastError(f"evaluating needs {module}; run: pip install 'mipfast[eval]'")
+        check_installed("evaluating", "eval", "rouge_score", "sacrebleu")
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """A config's fields that results depend on, all the way down."""
+    return without(asdict(config), "progress")
 
-    def kept(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: kept(one) for name, one in value.items() if name != "progress"}
 
-    return kept(asdict(config))
+def without(value: Any, *names: str) -> Any:
+    """Settings but for some fields, all the way down."""
+    if isinstance(value, dict):
+        return {name: without(one, *names) for name, one in value.items() if name not in names}
+    return value
 
 
 # Why no library: pydantic fills what is left out from the class's defaults, which would turn the vision tower's scoring

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from mipfast.errors import MipfastError
+from mipfast.errors import check_installed
 from mipfast.files import write_atomic
 
 if TYPE_CHECKING:
@@ -47,10 +47,9 @@ def drawing(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        try:
-            import matplotlib.style
-        except ImportError as error:
-            raise MipfastError("pictures need matplotlib, not found: pip install 'mipfast[eval]'") from error
+        check_installed("a figure", "eval", "matplotlib")
+        import matplotlib.style
+
         with matplotlib.style.context(["default", STYLE]):
             return draw(*args, **kwargs)
 
@@ -63,34 +62,32 @@ def bars_figure(title: str, results: dict[str, Any], groups: Sequence[str] = GRO
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    ticks: list[tuple[float, str]] = []
-    headings: list[float] = []
-    bars: list[tuple[float, dict[str, Any]]] = []
+    headings: dict[float, str] = {}
+    bars: dict[float, dict[str, Any]] = {}
     y = 0.0
     for stage, rows in stages(results):
-        headings.append(y)
-        ticks.append((y, stage))
+        headings[y] = stage
         for row in rows:
             y += 1
-            ticks.append((y, row["name"]))
-            bars.append((y, row))
+            bars[y] = row
         y += 1.2
+    ticks = headings | {y: row["name"] for y, row in bars.items()}
     figure = Figure(figsize=(9, 1.2 + 0.36 * y), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups, strict=True):
         axes.set_title(f"{group}: {AIM[group]}")
-        for y, row in bars:
+        for y, row in bars.items():
             for modality, shift in (("text", -0.19), ("image", 0.19)):
                 _bar(axes, y + shift, accuracies(row, group, modality), COLOUR[modality])
-        for y in headings[1:]:
+        for y in list(headings)[1:]:
             axes.axhline(y - 0.6, color=PALE, linewidth=0.8)
-        axes.set(xlim=(0, 140), xticks=range(0, 101, 25), ylim=(ticks[-1][0] + 0.6, -0.6))
-        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+        axes.set(xlim=(0, 140), xticks=range(0, 101, 25), ylim=(max(ticks) + 0.6, -0.6))
+        axes.set_yticks(list(ticks), list(ticks.values()))
         axes.tick_params(axis="y", length=0)
         axes.spines["bottom"].set_bounds(0, 100)
     # only the first of panels that share their y axis shows labels
-    for (at, _), label in zip(ticks, panels[0].get_yticklabels(), strict=True):
+    for at, label in zip(ticks, panels[0].get_yticklabels(), strict=True):
         label.set_fontweight("bold" if at in headings else "normal")
     handles = [Patch(color=COLOUR[modality], label=f"{modality} questions") for modality in MODALITIES]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

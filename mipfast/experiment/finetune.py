@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from mipfast.data.checkpoint import load_model, save_model
 from mipfast.data.encoder import Encoder
 from mipfast.data.records import Record, digest
-from mipfast.errors import DivergedError, InputError, MipfastError, check_counts, check_fields, configured
+from mipfast.errors import DivergedError, InputError, check_counts, check_fields, check_installed, configured
 from mipfast.files import claim, versions, write_atomic, write_json
 from mipfast.model.sites import find_decoder, find_sites
 
@@ -101,6 +100,8 @@ def finetune(
         ArtefactError: where out is another run's.
         DivergedError: for a loss that is not finite.
     """
+    from transformers import PrinterCallback, Trainer
+
     config, out = configured(FinetuneConfig, config, {}), Path(out)
     check_machine(config, device)
     if not records:
@@ -126,7 +127,14 @@ def finetune(
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()  # transformers 4 else gives adapters behind frozen embeddings no gradient
     trained = {re.sub(r"\.\d+\.", ".*.", name) for name, p in model.named_parameters() if p.requires_grad}
-    trainer = _trainer(model, rows, encoder, config, out / "checkpoints", device, progress)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(config, len(rows), out / "checkpoints", device, progress),
+        train_dataset=rows,  # type: ignore[arg-type]  # whatever has a length and items
+        data_collator=lambda some: encoder.batch(some, end=True),
+        callbacks=[_watch(model, config.lr)],
+    )
+    trainer.remove_callback(PrinterCallback)
     resumed = _last_checkpoint(out / "checkpoints")
     if resumed:
         log.info("going on from %s", resumed)
@@ -153,9 +161,7 @@ def finetune(
 
 def check_machine(config: FinetuneConfig, device: str | None = None) -> None:
     """Raises InputError for a device that fine-tuning cannot use here, MipfastError without peft or accelerate."""
-    for module in ("accelerate", *([] if config.full else ["peft"])):
-        if find_spec(module) is None:
-            raise MipfastError(f"fine-tuning needs {module}; run: pip install 'mipfast[train]'")
+    check_installed("fine-tuning", "train", "accelerate", *([] if config.full else ["peft"]))
     if device not in (None, "cpu", "cuda"):
         raise InputError(
             f"device={device!r}; the Trainer chooses the GPU: expected cpu or cuda, CUDA_VISIBLE_DEVICES set"
@@ -182,16 +188,8 @@ def _with_adapters(model: Any, config: FinetuneConfig) -> Any:
     return get_peft_model(model, adapters)
 
 
-def _trainer(
-    model: Any,
-    rows: list[Any],
-    encoder: Encoder,
-    config: FinetuneConfig,
-    checkpoints: Path,
-    device: str | None,
-    progress: bool,
-) -> Any:
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+def _watch(model: Any, lr: float) -> Any:
+    from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         """Stops what trains nothing or diverges: the Trainer lets both run on."""
@@ -213,14 +211,20 @@ def _trainer(
                 return
             log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, loss)
             if not torch.tensor(loss).isfinite():
-                raise DivergedError(f"the loss of step {state.global_step} is {loss}; lower lr ({config.lr})")
+                raise DivergedError(f"the loss of step {state.global_step} is {loss}; lower lr ({lr})")
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             if self.idle and not self.first:
                 log.warning("no gradient reached %d trainable tensors: %s", len(self.idle), ", ".join(self.idle))
 
-    steps = config.steps or config.epochs * -(-len(rows) // config.batch_size)
-    arguments = TrainingArguments(
+    return Watch()
+
+
+def _arguments(config: FinetuneConfig, records: int, checkpoints: Path, device: str | None, progress: bool) -> Any:
+    from transformers import TrainingArguments
+
+    steps = config.steps or config.epochs * -(-records // config.batch_size)
+    return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
@@ -240,15 +244,6 @@ def _trainer(
         report_to="none",
         disable_tqdm=not progress,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,  # type: ignore[arg-type]  # whatever has a length and items
-        data_collator=lambda some: encoder.batch(some, end=True),
-        callbacks=[Watch()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

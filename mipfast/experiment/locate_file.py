@@ -29,6 +29,7 @@ from mipfast.data.jsonl import EXPECTED, read_lines
 from mipfast.data.records import Record, digest
 from mipfast.errors import ArtefactError, InputError, MipfastError
 from mipfast.files import RUN, claim, read_run, write_atomic
+from mipfast.model.fingerprint import unchanged
 from mipfast.model.sites import find_sites
 from mipfast.scoring.attribution import Attribution, per_label
 from mipfast.scoring.config import LocateConfig
@@ -53,6 +54,8 @@ class Survey:
     """Of all samples together, prompts and answers."""
     digest: str
     """sha256 of the file, or the records' hash."""
+    inputs: str
+    """sha256 of every sample's tokens, as the template, which may write the date, made them."""
     chunks: list[Counter[Size]]
     """How many batches of each size every chunk has."""
 
@@ -92,14 +95,15 @@ def survey(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size={batch_size}, limit={limit}; expected at least 1")
-    samples, tokens, chunks = 0, 0, []
+    samples, tokens, chunks, inputs = 0, 0, [], hashlib.sha256()
     for lines in _chunks(data, batch_size, limit):
         chunk = _encoded(encoder, lines, config, data)
         samples, tokens = samples + len(chunk), tokens + sum(s.tokens for s in chunk)
+        inputs.update(repr([(s.prompt, s.answer, s.patches) for s in chunk]).encode())
         chunks.append(Counter(_size([chunk[i] for i in order]) for order in in_batches(chunk, batch_size)))
     if not samples:
         raise InputError(f"{data} is empty; {EXPECTED if isinstance(data, str | Path) else 'expected records'}")
-    return Survey(samples, tokens, _digest(data), chunks)
+    return Survey(samples, tokens, _digest(data), inputs.hexdigest(), chunks)
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def locate_file(
     if all(done):
         log.info("%s is finished: all %d samples are there, nothing left to do", out, surveyed.samples)
         return
-    with _progress(model, surveyed, config, done) as advance:
+    with unchanged(model), _progress(model, surveyed, config, done) as advance:
         for number, lines in enumerate(_chunks(data, batch_size, limit)):
             if done[number]:
                 continue
@@ -280,9 +284,11 @@ def read(folder: str | Path) -> Attribution:
     _check_finished(folder, sum(len(tensors["path"]) for tensors, _ in parts), run["samples"])
     reports = [facts["report"] for _, facts in parts]
     report = reports[0] | {
-        name: [value for one in reports for value in one[name]] for name in ("residuals", "num_labels")
+        name: [value for one in reports for value in one[name]]
+        for name in ("residuals", "num_labels", "without_gradient")
     }
-    report["layers_without_gradient"] = sorted(set().union(*(one["layers_without_gradient"] for one in reports)))
+    dead = (set(one["layers_without_gradient"]) for one in reports)
+    report["layers_without_gradient"] = sorted(set.intersection(*dead))
     scores, paths = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path"))
     return Attribution(scores, paths, report)
 
@@ -314,8 +320,9 @@ class _Sums:
         }
         self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()}
         before = self.facts.get("report", located.report)["layers_without_gradient"]
-        dead = {*before, *located.report["layers_without_gradient"]}
-        report = located.report | {"layers_without_gradient": sorted(dead), "residuals": [], "num_labels": []}
+        dead = set(before) & set(located.report["layers_without_gradient"])
+        per_sample: dict[str, Any] = {name: [] for name in ("residuals", "num_labels", "without_gradient")}
+        report = located.report | per_sample | {"layers_without_gradient": sorted(dead)}
         samples, chunks = self.facts["samples"] + len(scores), self.facts["chunks"] + 1
         self.facts = {"samples": samples, "chunks": chunks, "report": report}
 
@@ -419,6 +426,7 @@ def _identity(
         "chunk": CHUNK,
         "aggregate": aggregate,
         "config": {name: value for name, value in settings.items() if name != "progress"},
+        "inputs": surveyed.inputs,  # last: what differs above says more
     }
 
 

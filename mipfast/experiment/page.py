@@ -172,9 +172,8 @@ def _md(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*[]|#~" else escape(c, quote=False) for c in text).replace("\n", "<br>")
 
 
-def html(title: str, parts: Iterable[Part], pictures: dict[str, bytes]) -> str:
-    """A whole file. pictures: {name: PNG}."""
-    body = "\n".join(_html(part, pictures) for part in parts)
+def html(title: str, parts: Iterable[Part], folder: Path) -> str:
+    """A whole file, with the pictures that `write` puts into the folder."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -186,13 +185,17 @@ def html(title: str, parts: Iterable[Part], pictures: dict[str, bytes]) -> str:
 </head>
 <body>
 <h1>{escape(title)}</h1>
-{body}
+{_body(parts, folder)}
 </body>
 </html>
 """
 
 
-def _html(part: Part, pictures: dict[str, bytes]) -> str:
+def _body(parts: Iterable[Part], folder: Path) -> str:
+    return "\n".join(_html(part, folder) for part in parts)
+
+
+def _html(part: Part, folder: Path) -> str:
     match part:
         case Heading(text):
             return f"<h2>{escape(text)}</h2>"
@@ -205,15 +208,14 @@ def _html(part: Part, pictures: dict[str, bytes]) -> str:
             shown = "\n".join([f"<h3>{escape(title)}</h3>", _wide(title, ["<table>", *lines, "</tbody></table>"])])
             return shown + (f'\n<p class="note">{escape(note)}</p>' if note else "")
         case Plot(name, alt):
-            data = b64encode(pictures[name]).decode()
+            data = b64encode((folder / "pictures" / name).read_bytes()).decode()
             return _wide(name, [f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'])
         case Bullets(items):
             return "\n".join(["<ul>", *(f"<li>{escape(item)}</li>" for item in items), "</ul>"])
         case Verbatim(text):
             return f"<pre>{escape(text)}</pre>"
         case Fold(summary, parts):
-            body = "\n".join(_html(inner, pictures) for inner in parts)
-            return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
+            return f"<details><summary>{escape(summary)}</summary>\n{_body(parts, folder)}\n</details>"
         case str(text):
             return f"<p>{escape(text)}</p>"
 
@@ -239,14 +241,10 @@ def write(folder: Path, title: str, parts: Sequence[Part], name: str = "report.m
 
     Raises MipfastError without matplotlib, ArtefactError where folder is a file."""
     check_folder(folder)
-    pictures = {}
     for part in parts:
         if isinstance(part, Plot):
             write_figure(folder / "pictures" / part.name, part.draw())
-            pictures[part.name] = (folder / "pictures" / part.name).read_bytes()
-    for file, text in (
-        (name, f"# {_md(title)}\n\n{markdown(parts)}"),
-        ("report.html", html(title, parts, pictures)),
-    ):
+    texts = {name: f"# {_md(title)}\n\n{markdown(parts)}", "report.html": html(title, parts, folder)}
+    for file, text in texts.items():
         write_atomic(folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
     return folder / "report.html"

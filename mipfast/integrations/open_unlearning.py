@@ -17,7 +17,7 @@ from mipfast.edit.config import MIPConfig, RMisUConfig
 from mipfast.edit.prune import prune
 from mipfast.edit.unlearn import locate_path
 from mipfast.errors import InputError, check_counts
-from mipfast.experiment.config import overlaid, settings_of
+from mipfast.experiment.config import overlaid, settings_of, without
 from mipfast.files import write_atomic
 from mipfast.integrations.trainer import RMisUTrainer
 from mipfast.model.batch import Batch, find_labels
@@ -76,12 +76,10 @@ def _write_config(folder: Path) -> None:
             f"{folder} has no trainer/finetune.yaml, which {NAME}.yaml begins with; expected open-unlearning's configs "
             "folder: give its path to register()"
         )
-    method_args = settings_of(EditorConfig())
-    method_args["rmisu"] = {k: v for k, v in method_args["rmisu"].items() if k not in (*ARGUMENTS, *LORA)}
     config = {
         "defaults": ["finetune"],
         "handler": NAME,
-        "method_args": method_args,
+        "method_args": without(settings_of(EditorConfig()), *ARGUMENTS, *LORA),
         # transformers >= 4.57 wants an eval_dataset for eval_strategy; a first evaluation would see the pruned model
         "args": {
             "learning_rate": RMisUConfig().lr,

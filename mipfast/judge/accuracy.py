@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError
-from mipfast.model.batch import Batch, check_inputs, find_labels, without_labels
+from mipfast.model.batch import Batch, read_batch, without_labels
 from mipfast.model.patching import frozen_eval, unwrapped
 
 
@@ -63,8 +63,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
     hits: list[bool] = []
     with frozen_eval(model), torch.no_grad():
         for batch in tqdm(list(batches), desc="evaluate", disable=not progress, leave=False):
-            labels = find_labels(batch)
-            check_inputs(model, batch)
+            batch, labels = read_batch(model, batch)
             logits = model(**without_labels(batch), use_cache=False).logits
             index, labelled = (tensor.to(logits.device) for tensor in (labels.index, labels.mask))
             picked = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))

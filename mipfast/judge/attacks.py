@@ -12,8 +12,8 @@ from torch import nn
 from mipfast.errors import DivergedError, InputError
 from mipfast.judge import metrics
 from mipfast.model import families
-from mipfast.model.batch import Batch, check_many, find_labels
-from mipfast.model.likelihood import token_nll
+from mipfast.model.batch import Batch, check_many
+from mipfast.model.likelihood import cross_entropy, token_nll
 from mipfast.model.patching import frozen_eval, unwrapped
 from mipfast.model.weights import check_weights
 
@@ -58,8 +58,7 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
         with frozen_eval(model, model.parameters()):
             optimizer = torch.optim.Adam(model.parameters(), lr=lr)
             for step, batch in enumerate(batches):
-                find_labels(batch)
-                loss = model(**batch).loss
+                loss = cross_entropy(model, batch)
                 if not bool(loss.isfinite()):
                     raise DivergedError(f"relearning step {step} has loss {loss.item()}; lower lr ({lr})")
                 optimizer.zero_grad()

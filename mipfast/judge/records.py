@@ -3,7 +3,6 @@ with every metric, on disk chunk by chunk."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import logging
@@ -18,14 +17,14 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast.data.records import LETTERS, Record, digest
 from mipfast.errors import ArtefactError, InputError, ModelError
 from mipfast.files import claim, read_run, versions, write_atomic, write_json
 from mipfast.judge import metrics
-from mipfast.model.batch import Batch, find_labels, without_labels
+from mipfast.model.batch import Batch, find_labels, read_batch, without_labels
+from mipfast.model.fingerprint import fingerprint
 from mipfast.model.patching import frozen_eval, unwrapped
 
 log = logging.getLogger("mipfast")
@@ -169,7 +168,7 @@ def evaluate_records(
                 "dtype": str(model.dtype),
                 "encoder": encoder.fingerprint(),
                 "data": digest(records),
-                "model": _weights(model),
+                "model": fingerprint(model),
                 "probe": runner.probe(records[0]),
             }
             claim(out, identity, facts)
@@ -281,8 +280,8 @@ class _Runner:
     def _nll(self, records: list[Record]) -> list[list[float]]:
         """-1/T sum_t log p(target_t), and of a choice -log p of every option's letter: one forward, logits from the
         first label on."""
-        batch = self._inputs(self.encoder.batch(records))
-        labels = find_labels(batch)
+        batch, labels = read_batch(self.model, self.encoder.batch(records))
+        batch = self._inputs(batch)
         length = batch["labels"].shape[1]
         kept = length - int(labels.index[labels.mask].min())
         only = {"logits_to_keep": kept} if "logits_to_keep" in self.accepts else {}
@@ -419,16 +418,6 @@ def _problem(record: Record) -> str | None:
     if (record.modality == "image") != (record.image is not None):
         return f"its modality is {record.modality} and its image {record.image}; expected an image with image alone"
     return None
-
-
-def _weights(model: nn.Module) -> str:
-    """A hash of every weight: an edit may change a few columns only."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # offloaded weights have no bytes here; the probe's NLL depends on them
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 FFN_NAMES = ("mlp", "feed_forward", "ffn", "ff")  # the module around an FFN's projections
 OUTPUT_NAMES = ("down_proj", "fc2", "c_proj", "w2", "linear_fc2", "dense_4h_to_h", "lin2")  # the last of these
 TRANSPOSED = ("Conv1D",)  # types of projections whose weight is [in, out]: GPT-2; also edit/train.py, judge/attacks.py
+BARE_OUTPUTS = ("fc2",)  # those that may stand in a decoder's block itself: OPT, XGLM, BioGPT
 EXPERTS = "experts"  # in the name of every parameter of a mixture of experts
 INNER_DECODER = "text_model"  # what get_decoder() of Idefics3 and SmolVLM wraps in transformers 4
 # PEFT's: the projection inside its wrapper; the matrices that read what the projection reads, and write what it writes
@@ -24,6 +25,12 @@ MERGED, DORA = "merged_adapters", "lora_magnitude_vector"
 WRAPPED = ("_orig_mod", "module")  # the model inside torch.compile's wrapper, and DistributedDataParallel's and its kin
 UNMIXED_FORWARD = "_original_forward"  # where accelerate keeps the forward that it put mixed precision around
 
+# ------------------------------------------------------ what else decides results: model/fingerprint.py
+
+ADAPTER_SWITCHES = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of PEFT's wrappers
+NOT_COMPUTED_WITH = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # of a config
+ROPE_OF_LAST_FORWARD = ("dynamic", "longrope")  # types whose inv_freq is what the last sequence's length asked for
+
 # ------------------------------------------------------ how a gated FFN is made: model/fused_ffn.py
 
 # down(act(gate x) * up x); whether an FFN with these parts computes that is tried, not believed
@@ -33,6 +40,9 @@ GATED_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 # What a decoder may use where its suffix is replayed alone (scoring/prefix_attention.py): both read an explicit mask.
 RECORDED_ATTENTION = ("sdpa", "eager")
+# True on decoders whose attention is looked up in transformers' registry. Others (Falcon, Bloom, MPT, GPT-J, StableLM)
+# have their own, and would take the explicit mask for numbers to add.
+USES_REGISTRY = "_supports_attention_backend"
 # Arguments of attention functions that the one over a clean prefix does not know: sinks of gpt-oss, biases of T5's kin.
 UNKNOWN_TO_PREFIX = ("s_aux", "sinks", "position_bias")
 # Projections of a decoder's attention needed at label positions alone in its last block (scoring/replay.py); keys and
@@ -54,6 +64,11 @@ TOKEN_DIM = {"inputs_embeds": 1, "input_ids": 1, "position_ids": -1, "visual_pos
 DEEPSTACK = ("deepstack_visual_embeds",)
 
 # ------------------------------------------------------ tensors of a batch
+
+# Tables of learned positions, which end (GPT-2's, OPT's); GPT-2 counts padding on the left too (model/batch.py).
+LEARNED_POSITIONS = ("wpe", "embed_positions")
+# Arguments that change what a model returns, or what came before: no part of a batch (model/batch.py).
+NOT_OF_A_BATCH = ("logits_to_keep", "past_key_values", "use_cache", "return_dict")
 
 # Config fields with the id of a picture's placeholder, the first that is there (model/batch.py).
 IMAGE_TOKEN = ("image_token_id", "image_token_index")

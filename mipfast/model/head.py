@@ -17,7 +17,9 @@ def base_model(model: Any) -> nn.Module:
     """The module whose last_hidden_state the language-model head reads."""
     inner = unwrapped(model)
     base = inner.base_model
-    return inner.model if base is inner else base  # LLaVA of transformers 4 names no base
+    base = inner.model if base is inner else base  # LLaVA of transformers 4 names no base
+    children = list(base.children())
+    return children[0] if len(children) == 1 else base  # a mere wrapper, as OPT's and BART's, is passed by
 
 
 def with_states(output: Any, states: torch.Tensor) -> Any:

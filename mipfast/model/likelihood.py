@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mipfast.model.batch import Batch, check_inputs, find_labels, without_labels
+from mipfast.model.batch import Batch, find_labels, read_batch, without_labels
 from mipfast.model.head import label_states
 
 
 def log_probs(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities [T,V] at the T scored tokens of a batch, float32 at least; their targets [T])."""
-    labels = find_labels(batch)
-    check_inputs(model, batch)
+    batch, labels = read_batch(model, batch)
     with label_states(model, labels):
         logits = model(**without_labels(batch), use_cache=False).logits[labels.mask]
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1), labels.target[labels.mask]

@@ -52,7 +52,7 @@ def replaced_attention(
 
     before = [(config, config._attn_implementation) for config in configs]
     name = f"{name}_{next(_counter)}"
-    ALL_ATTENTION_FUNCTIONS[name] = attend
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)  # for every instance of the registry: Doge has its own
     if mask is not None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     try:
@@ -62,9 +62,9 @@ def replaced_attention(
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[name]
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[name]  # where register puts it
         if mask is not None:
-            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]  # where register puts it
+            del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mipfast.errors import InputError
-from mipfast.model.batch import Batch, Labels, find_labels
+from mipfast.model.batch import Batch, Labels, attended, find_labels
 
 log = logging.getLogger("mipfast")
 Positions = str | torch.Tensor | list
@@ -42,35 +42,32 @@ def text_rows(batch: Batch, positions: Positions, labels: Labels | None = None) 
     """Rows of the flattened [n·S] token dimension.
 
     last_prompt: the first position whose logits predict a label. answer: all positions whose logits predict a label,
-    first label span. first: position 0. prompt: attended positions up to last_prompt. all: attended positions.
+    first label span. first: the first attended one. prompt: attended ones up to last_prompt. all: attended ones.
     Otherwise indices [P] for every sample, or [n,P]. labels: find_labels(batch), where it is there already."""
     check_name(positions, TEXT_POSITIONS)
     labels = labels or find_labels(batch)
     n, length = batch["labels"].shape
-    mask = batch.get("attention_mask")
-    attended = (
-        mask.bool() if mask is not None and mask.ndim == 2 else torch.ones_like(batch["labels"], dtype=torch.bool)
-    )
-    steps = torch.arange(length, device=attended.device).expand(n, length)
+    found = attended(batch)
+    seen = torch.ones_like(batch["labels"], dtype=torch.bool) if found is None else found
+    steps = torch.arange(length, device=seen.device).expand(n, length)
     last_prompt = labels.index[:, :1]
     if not isinstance(positions, str):
-        chosen = torch.zeros_like(attended).scatter(1, _indices(positions, n, length).to(attended.device), True)
+        chosen = torch.zeros_like(seen).scatter(1, _indices(positions, n, length).to(seen.device), True)
     elif positions == "last_prompt":
         chosen = steps == last_prompt
     elif positions == "answer":
-        predicts = torch.zeros_like(attended)
-        predicts[:, :-1] = batch["labels"][:, 1:] != -100
+        predicts = torch.zeros_like(seen).scatter(1, labels.index, labels.mask)
         ended = (~predicts & (steps > last_prompt)).cumsum(1) > 0
         chosen = predicts & ~ended
     elif positions == "first":
         log.warning(
             "positions='first': in a causal language model the first token's activations are the same for every sample"
         )
-        chosen = steps == 0
+        chosen = steps == seen.int().argmax(1, keepdim=True)
     elif positions == "prompt":
-        chosen = attended & (steps <= last_prompt)
+        chosen = seen & (steps <= last_prompt)
     else:
-        chosen = attended
+        chosen = seen
     sample, position = chosen.nonzero(as_tuple=True)
     return Rows(sample, sample * length + position)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from mipfast.errors import ArtefactError, InputError, ModelError
 from mipfast.model import families
+from mipfast.model.fingerprint import fingerprint
 from mipfast.model.patching import unwrapped
 
 
@@ -24,7 +24,7 @@ class Stack:
     blocks: tuple[nn.Module, ...]
     """The blocks, first to last."""
     ffns: tuple[nn.Module, ...]
-    """Of every block the module around its FFN's projections."""
+    """Of every block the module around its FFN's projections; the output projection where no module is."""
     inputs: tuple[tuple[Any, ...], ...]
     """Of every block the projections that write its neurons: gate and up, or fc1."""
     outputs: tuple[Any, ...]
@@ -67,6 +67,8 @@ class Sites:
     """The language model's."""
     vision: list[Stack]
     """Every other stack with FFNs, in the model's order."""
+    model: nn.Module = field(repr=False)
+    """The model without its wrapper."""
 
     @property
     def stacks(self) -> list[Stack]:
@@ -80,27 +82,22 @@ class Sites:
         raise ModelError(f"no stack {name!r} in this model; it has {', '.join(s.name for s in self.stacks)}")
 
     def fingerprint(self) -> dict:
-        """Names and sizes of the stacks, and a hash over 1024 evenly spaced values of every output projection."""
-        digest = hashlib.blake2b(digest_size=16)
-        for stack in self.stacks:
-            for layer in range(stack.num_layers):
-                flat = stack.columns(layer)[0][0].detach().reshape(-1)
-                if flat.is_meta:
-                    raise ModelError(f"{stack.name} layer {layer} is offloaded: load the model without offloading")
-                sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
-                digest.update(sample.numpy().tobytes())
-        sizes = {s.name: [s.num_layers, s.num_neurons] for s in self.stacks}
-        return {"stacks": sizes, "weights": digest.hexdigest()}
+        """Names and sizes of the stacks, and the model's hash, for which all weights are read."""
+        return {"stacks": self._sizes(), "weights": fingerprint(self.model)}
 
-    def check(self, fingerprint: dict) -> bool:
-        """Whether the weights are the fingerprint's. Raises ArtefactError where names or sizes differ."""
-        mine = self.fingerprint()
-        if any(mine["stacks"].get(name) != size for name, size in fingerprint["stacks"].items()):
+    def check(self, known: dict, weights: bool = True) -> bool:
+        """Whether the model is a fingerprint's, its weights too where they are asked for. Raises ArtefactError where
+        names or sizes differ."""
+        mine = self._sizes()
+        if any(mine.get(name) != size for name, size in known["stacks"].items()):
             raise ArtefactError(
-                f"made for another model: it names stacks (layers, neurons) {fingerprint['stacks']}, "
-                f"this model has {mine['stacks']}; locate on this model again"
+                f"made for another model: it names stacks (layers, neurons) {known['stacks']}, this model has {mine}; "
+                "locate on this model again"
             )
-        return mine["weights"] == fingerprint["weights"]
+        return not weights or fingerprint(self.model) == known["weights"]
+
+    def _sizes(self) -> dict[str, list[int]]:
+        return {s.name: [s.num_layers, s.num_neurons] for s in self.stacks}
 
 
 def find_sites(model: nn.Module) -> Sites:
@@ -136,15 +133,16 @@ def find_sites(model: nn.Module) -> Sites:
     text: list[Stack] = []
     vision: list[Stack] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and (stack := _stack(name, module)):
-            (text if (name + ".").startswith(prefix + "." if prefix else "") else vision).append(stack)
+        in_decoder = (name + ".").startswith(prefix + "." if prefix else "")
+        if isinstance(module, nn.ModuleList) and len(module) and (stack := _stack(name, module, in_decoder)):
+            (text if in_decoder else vision).append(stack)
     if len(text) != 1:
         found = ", ".join(s.name for s in text) or "none"
         raise ModelError(
             f"expected one stack of blocks with an FFN output projection ({', '.join(families.OUTPUT_NAMES)}) under "
             f"{type(model).__name__}.get_decoder(), found {found}; mipfast needs a transformers model with dense FFNs"
         )
-    return Sites(text[0], vision)
+    return Sites(text[0], vision, model)
 
 
 def find_decoder(model: Any) -> Any:
@@ -158,8 +156,8 @@ def find_decoder(model: Any) -> Any:
     return getattr(decoder, families.INNER_DECODER, decoder)
 
 
-def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
-    parts = [_ffn(block) for block in blocks]
+def _stack(name: str, blocks: nn.ModuleList, in_decoder: bool) -> Stack | None:
+    parts = [_ffn(block, in_decoder) for block in blocks]
     for i, block in enumerate(blocks):
         experts = [n for n, _ in block.named_parameters() if families.EXPERTS in n.split(".")]
         if experts:
@@ -176,18 +174,20 @@ def _stack(name: str, blocks: nn.ModuleList) -> Stack | None:
     return Stack(name, tuple(blocks), ffns, inputs, outputs, widths[0], _is_transposed(outputs[0]))
 
 
-def _ffn(block: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module] | None:
+def _ffn(block: nn.Module, in_decoder: bool) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module] | None:
     """(the FFN, its input projections, its output projection) of a block that has exactly one."""
     outputs = []
     for name, module in _projections(block):
         *parents, own = name.split(".")
-        if own in families.OUTPUT_NAMES and any(p in families.FFN_NAMES for p in parents):
+        bare = in_decoder and not parents and own in families.BARE_OUTPUTS
+        if bare or own in families.OUTPUT_NAMES and any(p in families.FFN_NAMES for p in parents):
             outputs.append((".".join(parents), module))
     if len(outputs) != 1:
         return None
     parent, output = outputs[0]
-    ffn = block.get_submodule(parent)
-    siblings = [module for _, module in _projections(ffn) if module is not output]
+    around = block.get_submodule(parent)
+    siblings = [m for name, m in _projections(around) if m is not output and (parent or "." not in name)]
+    ffn = around if parent else output
     return ffn, tuple(m for m in siblings if _sizes(m)[1] == _sizes(output)[0]), output
 
 

@@ -29,11 +29,14 @@ class Attribution:
     scores: torch.Tensor
     """[n,L,F] float32."""
     path: torch.Tensor
-    """[n,L,k] int64: the neurons of the k largest scores, best first; -1 where a layer got no gradient."""
+    """[n,L,k] int64: the neurons of the k largest scores, best first; -1 where a layer's gradient is missing or exactly
+    zero for a sample, whose scores there are 0."""
     report: dict[str, Any] = field(default_factory=dict)
     """config, stack, versions and the model's fingerprint; whether the search is approximate; baseline (zero or
     counterfactual) and number of counterfactuals; sign of the objective; completeness residuals [n][L] (None where not
-    measured); layers without gradient; labels per sample."""
+    measured); layers_without_gradient, those that have none in any sample, and without_gradient, of every sample its
+    layers; labels per sample; self_check, the relative difference to plain autograd on the first samples, in one layer
+    at one node (None where it could not be taken: out of memory)."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the scores and the path, attribution.safetensors, and the report, attribution.json.

@@ -15,7 +15,7 @@ from torch import nn
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.model import families
-from mipfast.model.batch import Batch, Labels, check_inputs, find_labels, image_token, without_labels
+from mipfast.model.batch import Batch, Labels, image_token, read_batch, without_labels
 from mipfast.model.head import base_model, label_states
 from mipfast.model.patching import removing
 from mipfast.model.positions import Positions, Rows, text_rows, vision_rows
@@ -23,6 +23,7 @@ from mipfast.model.sites import Sites, Stack, find_decoder
 from mipfast.scoring.prefix_attention import Prefix, Recording, UnsupportedAttention, recording
 
 log = logging.getLogger("mipfast")
+NATIVE = "native"  # in `checked`: faster ways than whole sequences were found wrong on this model
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def capture(
     activations."""
     checked = set() if checked is None else checked
     try:
-        return _capture(model, sites, stack, batch, positions, checked, record=True)
+        return _capture(model, sites, stack, batch, positions, checked, record=NATIVE not in checked)
     except UnsupportedAttention as error:
         log.info("%s: attention cannot be recorded (%s); replaying whole sequences", type(model).__name__, error)
         return _capture(model, sites, stack, batch, positions, checked, record=False)
@@ -111,9 +112,8 @@ def with_baseline(captured: Capture, sites: Sites, batches: Iterable[Batch], pos
 def _capture(
     model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, checked: set[str], record: bool
 ) -> Capture:
-    labels, vision = find_labels(batch), stack is not sites.text
-    check_inputs(model, batch)
-    decoder = find_decoder(model)
+    batch, labels = read_batch(model, batch)
+    vision, decoder = stack is not sites.text, find_decoder(model)
     entry = base_model(model) if vision else decoder
     seen: dict[str, Any] = {}
     activations: list[torch.Tensor] = []
@@ -131,10 +131,7 @@ def _capture(
     def keep_activations(module: nn.Module, args: tuple) -> None:
         flat = args[0].detach().reshape(-1, args[0].shape[-1])
         if "rows" not in seen:
-            counts = _tokens_per_sample(model, batch, labels.num_samples, len(flat), vision)
-            seen["token_sample"] = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
-            rows = vision_rows(counts, positions) if vision else text_rows(batch, positions, labels)
-            seen["rows"] = Rows(rows.sample.to(flat.device), rows.index.to(flat.device))
+            seen["rows"], seen["token_sample"] = chosen_rows(model, sites, stack, batch, positions, labels, flat)
         activations.append(flat[seen["rows"].index])
 
     def keep_base_output(module: nn.Module, args: tuple, output: Any) -> None:
@@ -189,6 +186,17 @@ def _capture(
         checked=checked,
         **seen,
     )
+
+
+def chosen_rows(
+    model: Any, sites: Sites, stack: Stack, batch: Batch, positions: Positions, labels: Labels, flat: torch.Tensor
+) -> tuple[Rows, torch.Tensor]:
+    """(the chosen rows of a stack's flat [tokens,F], the sample [tokens] of every token)."""
+    vision = stack is not sites.text
+    counts = _tokens_per_sample(model, batch, labels.num_samples, len(flat), vision)
+    rows = vision_rows(counts, positions) if vision else text_rows(batch, positions, labels)
+    token_sample = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
+    return Rows(rows.sample.to(flat.device), rows.index.to(flat.device)), token_sample
 
 
 def _first_image(model: Any, batch: Batch) -> int:

@@ -178,7 +178,8 @@ def estimate(
     """Estimate what `locate` costs on samples of one size, before anything is run.
 
     Assumes blocks that add their FFN's output and attention that can be cut to a suffix, as `locate` itself checks;
-    attention in a vision tower is counted as global.
+    attention in a vision tower is counted as global. A call's comparison of two samples with plain autograd is left out
+    (docs/reliability.md).
 
     Args:
         model: a Shape, a model, or a transformers config without weights.

@@ -21,7 +21,7 @@ from mipfast.scoring.capture import Capture
 from mipfast.scoring.nodes import HookedNodes, NodeGroup, Objective, with_oom_halving
 from mipfast.scoring.replay import Replay
 
-Scored = tuple[torch.Tensor, torch.Tensor, set[int]]  # scores [n,L,F], path [n,L,k], layers without gradient
+Scored = tuple[torch.Tensor, torch.Tensor]  # scores [n,L,F], path [n,L,k]
 
 
 def joint_search(
@@ -47,7 +47,7 @@ def joint_search(
     ]
     acts = [_wide(act) for act in captured.activations]
     entered = torch.zeros_like(acts[0][:, 0])
-    scores, paths, dead = [], [], set()
+    scores, paths = [], []
     for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
         gradient, carried, has_gradient = torch.zeros_like(wide), torch.zeros_like(entered), False
         for group, (own, along_path) in with_oom_halving(
@@ -61,9 +61,8 @@ def joint_search(
         if released:
             score = score / sum(map(len, nodes))
         path = strongest(score, top_k, f"{captured.stack.name} layer {layer}", act.dtype)
-        if not has_gradient:
-            dead.add(layer)
-            score, path = torch.zeros_like(score), torch.full_like(path, -1)
+        dead = ((gradient + carried[:, None]) == 0).all(1) if has_gradient else torch.ones_like(carried).bool()
+        score, path = score.masked_fill(dead[:, None], 0), path.masked_fill(dead[:, None], -1)
         scores.append(score)
         paths.append(path)
         if layer + 1 == len(acts):
@@ -78,7 +77,7 @@ def joint_search(
         for group in node_groups:
             values = ops.riemann_interpolate(act, group.alphas.to(act.device), neurons=path)
             group.replay.advance(values, entering.expand_as(values))
-    return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), dead
+    return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu()
 
 
 def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
@@ -97,7 +96,7 @@ def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
         scores.append((n_steps - 1) * (layer + 1) * (act + entered[:, None]) / n_steps)
         paths.append(strongest(scores[-1], top_k, f"{captured.stack.name} layer {layer}", act.dtype))
         entered = entered + act.gather(1, paths[-1][:, -1:])[:, 0]
-    return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu(), set()
+    return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu()
 
 
 def _one_position(captured: Capture) -> None:

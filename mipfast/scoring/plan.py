@@ -10,7 +10,7 @@ from torch import nn
 
 from mipfast.model.batch import Labels
 from mipfast.model.positions import Rows
-from mipfast.scoring.capture import Capture
+from mipfast.scoring.capture import NATIVE, Capture
 from mipfast.scoring.replay import Replay, _cut
 
 log = logging.getLogger("mipfast")
@@ -26,7 +26,7 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
     on a call's first batch; else over the first block, for this batch's mask. Once per call it also compares blocks
     whose neurons are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what
     lies behind a vision tower."""
-    if any(type(output) is not nn.Linear for output in capture.stack.outputs):
+    if NATIVE in capture.checked or any(type(output) is not nn.Linear for output in capture.stack.outputs):
         return capture, None
     layers = capture.stack.num_layers if clean_states or ADDITIVE not in capture.checked else 1
     for candidate in filter(None, (suffix(capture), capture)):

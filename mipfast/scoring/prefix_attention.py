@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mipfast.model import families
 from mipfast.model.patching import replaced_attention
@@ -27,7 +27,7 @@ class Recording:
     """What the decoder's attention modules saw in the clean run: keys, values [n,heads,S,d] after rotation, and the
     mask [n or 1,1,S,S] (bool, or added to the scores)."""
 
-    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def suffix(self, start: int, stop: int) -> Prefix | None:
         """None where some token before start looks at one from start on: the prefix would not stay clean."""
@@ -47,7 +47,7 @@ class Prefix:
 
     start: int
     stop: int
-    layers: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    layers: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]
 
 
 class UnsupportedAttention(Exception):
@@ -60,16 +60,16 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
     transformers'."""
     from transformers.masking_utils import sdpa_mask
 
-    if getattr(decoder.config, "_attn_implementation", None) not in families.RECORDED_ATTENTION:
+    known = getattr(decoder.config, "_attn_implementation", None) in families.RECORDED_ATTENTION
+    if not known or not getattr(decoder, families.USES_REGISTRY, False):
         yield None
         return
     record = Recording()
 
-    def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-            raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask")
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        mask = attention_mask  # transformers passes it by place or by name
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
+            raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask that serves every head")
         record.seen[module] = (key, value, mask[..., : key.shape[2]])
         return _attend(query, key, value, mask, None, None, **kwargs), None
 
@@ -84,9 +84,7 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
 def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
     """The decoder runs on tokens start..stop of copies of the batch; the mask it builds is not used."""
 
-    def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         clean_key, clean_value, mask = prefix.layers[module]
         return _attend(query, key, value, mask, clean_key, clean_value, **kwargs), None
 
@@ -95,18 +93,18 @@ def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    clean_key: torch.Tensor | None,
-    clean_value: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    clean_key: Tensor | None,
+    clean_value: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **ignored: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """Softmax attention [m·n,S',heads,d] of suffix queries [m·n,heads,S',d] over the clean prefix (shared by the m
     copies) and their own suffix keys. sliding_window is in the mask already."""
     if any(ignored.get(name) is not None for name in families.UNKNOWN_TO_PREFIX):
@@ -150,11 +148,11 @@ def _attend(
     return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
 
 
-def _regroup(x: torch.Tensor, m: int, n: int) -> torch.Tensor:
+def _regroup(x: Tensor, m: int, n: int) -> Tensor:
     """[m·n,shared,group,S',x] -> [n,shared,m·group·S',x]: all copies and grouped heads are queries of one product."""
     return x.unflatten(0, (m, n)).permute(1, 2, 0, 3, 4, 5).flatten(2, 4)
 
 
-def _ungroup(x: torch.Tensor, m: int, n: int, group: int, length: int) -> torch.Tensor:
+def _ungroup(x: Tensor, m: int, n: int, group: int, length: int) -> Tensor:
     """The inverse of `_regroup`."""
     return x.unflatten(2, (m, group, length)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)

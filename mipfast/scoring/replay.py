@@ -72,9 +72,9 @@ class Replay:
                 def leave(*args: Any, _native: Any = block.forward, _j: int = j, **kwargs: Any) -> Any:
                     output = _native(*args, **kwargs)
                     state = output[0] if isinstance(output, tuple) else output
-                    gone = state[: len(state) // self.copies * _j]
+                    gone = state.view(-1, *starts[_j].shape[1:])[: len(starts[_j]) * _j]
                     waiting = [states[first + _j]] * (self.copies - 1 - _j)
-                    return self._output(torch.cat([gone, starts[_j], *waiting]))
+                    return self._output(torch.cat([gone, starts[_j], *waiting]), state)
 
                 # not a hook: transformers' own output-recording hook would run first and see the unmodified output
                 patches.enter_context(replaced_forward(block, leave))
@@ -136,8 +136,12 @@ class Replay:
 
     def push(self, state: torch.Tensor, tangent: torch.Tensor | None) -> None:
         """Take a block's output into the states."""
-        self.states.append(state)
-        self.tangents.append(tangent)
+        self.states.append(self._by_copy(state))
+        self.tangents.append(None if tangent is None else self._by_copy(tangent))
+
+    def _by_copy(self, state: torch.Tensor) -> torch.Tensor:
+        """Copies along dimension 0: Pixtral's towers put all pictures, and so all copies, into one sequence."""
+        return state if len(state) % self.copies == 0 else state.view(self.copies, -1, state.shape[-1])
 
     def drop(self) -> None:
         """Take the last block's output back out of the states."""
@@ -178,7 +182,11 @@ class Replay:
                     patches.enter_context(removing(hook))
             patches.enter_context(replaced_forward(base, from_entry))
             for block, state in zip(capture.stack.blocks, self.states, strict=False):
-                patches.enter_context(replaced_forward(block, lambda *_, _state=state, **__: self._output(_state)))
+
+                def known(*args: Any, _state: torch.Tensor = state, **kwargs: Any) -> Any:
+                    return self._output(_state, _state_first(args, kwargs)[0][0])
+
+                patches.enter_context(replaced_forward(block, known))
             if layer < capture.stack.num_layers:
                 keep = capture.stack.blocks[layer].register_forward_pre_hook(self._keep_call, with_kwargs=True)
                 patches.enter_context(removing(keep))
@@ -195,7 +203,7 @@ class Replay:
         if came_from is not None and came_from is not self.states[-1]:
             # This call was recorded with the block before at another alpha. Code between two blocks only adds to the
             # state, so add the difference.
-            hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from)
+            hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from).view_as(hidden)
         hidden = hidden.detach()
         with torch.no_grad(), ExitStack() as patches:
             if self.capture.prefix:
@@ -204,7 +212,7 @@ class Replay:
                 patches.enter_context(_forward_mode())
                 values = forward_ad.make_dual(values, tangent)
                 if layer and self.tangents[-1] is not None:
-                    hidden = forward_ad.make_dual(hidden, self.tangents[-1])
+                    hidden = forward_ad.make_dual(hidden, self.tangents[-1].view_as(hidden))
             patches.enter_context(self._overwritten(layer, values))
             output = block.forward(hidden, *args, **kwargs)
             state = output[0] if isinstance(output, tuple) else output
@@ -240,10 +248,10 @@ class Replay:
         sees: zero is returned there."""
         block, (index, tokens) = self.capture.last_block, self._label_rows
 
-        def at_labels(hidden: torch.Tensor, native: Any) -> torch.Tensor:
+        def at_labels(hidden: torch.Tensor, *others: Any, native: Any) -> torch.Tensor:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            if len(rows) != tokens:
-                return native(hidden)
+            if len(rows) != tokens or others:  # Bloom's FFN is also given what it is added to
+                return native(hidden, *others)
             output = native(rows[None, index])[0]
             return output.new_zeros(tokens, output.shape[-1]).index_copy(0, index, output).view(*hidden.shape[:-1], -1)
 
@@ -265,7 +273,8 @@ class Replay:
         offsets = torch.arange(self.copies, device=sample.device) * tokens
         return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
 
-    def _output(self, state: torch.Tensor) -> Any:
+    def _output(self, state: torch.Tensor, like: torch.Tensor) -> Any:
+        state = state if state.shape == like.shape else state.view_as(like)
         if any(name in self._kwargs for name in families.DEEPSTACK):
             state = state.clone()  # transformers 4's deepstack adds to it in place, and would corrupt the kept state
         return state if self.capture.extra_outputs is None else (state, *self.capture.extra_outputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mipfast.errors import InputError, configured
+from mipfast.errors import InputError, ModelError, configured
 from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import Batch, Labels
@@ -24,11 +25,12 @@ from mipfast.model.patching import frozen_eval, lock_of, unwrapped
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.scoring import memory
 from mipfast.scoring.attribution import Attribution, strongest
-from mipfast.scoring.capture import Capture, capture, with_baseline
+from mipfast.scoring.capture import NATIVE, Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
 from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
 from mipfast.scoring.plan import plan
+from mipfast.scoring.self_check import difference, first_samples, plain_scores, replayed_scores
 
 log = logging.getLogger("mipfast")
 
@@ -94,15 +96,23 @@ def locate(
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
     call = _Call(model, sites, stack, config, nodes, weights)
-    with lock_of(model), frozen_eval(model), accelerated(model, sites.stacks):
+    if any(p.is_inference() for p in model.parameters()):
+        raise ModelError(
+            "the model was made or moved inside torch.inference_mode(), and torch takes no gradient through such "
+            "weights: load it outside, or under torch.no_grad()"
+        )
+    with lock_of(model), torch.inference_mode(False), frozen_eval(model), ExitStack() as faster:
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
+                if not parts:
+                    off = _check_route(call, one, faster)
                 parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
-    if not parts:
-        raise InputError("no batch to locate on: the iterable was empty")
-    scores, path, residuals, counts, dead = _joined(parts)
+        if not parts:
+            raise InputError("no batch to locate on: the iterable was empty")
+        scores, path, residuals, counts = _joined(parts)
+        dead = path[:, :, 0] < 0
     return Attribution(
         scores,
         path,
@@ -116,7 +126,9 @@ def locate(
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
             "residuals": residuals,
             "num_labels": counts.tolist(),
-            "layers_without_gradient": sorted(dead),
+            "layers_without_gradient": dead.all(0).nonzero().flatten().tolist(),
+            "without_gradient": [one.nonzero().flatten().tolist() for one in dead],
+            "self_check": off,
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
@@ -171,8 +183,8 @@ def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
     return sites.vision[0]
 
 
-# scores [n,L,F], path [n,L,k], residuals [n][L], labels per sample [n], layers without gradient
-Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor, set[int]]
+# scores [n,L,F], path [n,L,k], residuals [n][L], labels per sample [n]
+Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,42 @@ class _Call:
     checked: set[str] = field(default_factory=set)
 
 
+def _check_route(call: _Call, batch: Batch, faster: ExitStack) -> float | None:
+    """Enter the faster ways through the model, and leave them where they do not give what plain autograd gives on the
+    batch's first samples. The relative difference; None where it could not be taken. Raises ModelError where the
+    model's own code, replayed, gives something else."""
+    model, config, name = call.model, call.config, type(call.model).__name__
+    alpha = float(min(call.nodes, key=lambda node: abs(node - 0.5)))
+    expected = None
+
+    def objective(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+        return objective_value(logits, labels, config.objective)
+
+    assert config.positions is not None
+    with suppress(InputError, torch.OutOfMemoryError):  # the search says what is wrong with the whole batch
+        samples = (model, call.sites, call.stack, *first_samples(model, batch, config.positions))
+        expected = plain_scores(*samples, alpha, objective)
+    faster.enter_context(accelerated(model, call.sites.stacks))
+    if expected is None or not bool(expected.isfinite().all()):
+        return None
+    wide = expected.element_size() > 2
+    with suppress(torch.OutOfMemoryError):
+        for native in (False, True):
+            if native:
+                faster.close()
+                call.checked.add(NATIVE)
+            captured = capture(*samples, call.checked)
+            off = difference(replayed_scores(captured, alpha, objective), expected, captured.rows.sample)
+            if off <= (0.01 if wide else 0.25):  # rounding alone is .1 in bfloat16 after 15 blocks
+                return off
+            wrong = f"{name}: {'native' if native else 'fast'} scores are off by {off:.1%} from plain autograd"
+            log.warning("%s%s", wrong, "" if native else "; replaying natively")
+        if wide:  # in 16 bits it may be rounding
+            raise ModelError(f"{wrong}; mipfast does not know how this model runs: please report it")
+        return off
+    return None
+
+
 def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool) -> Located:
     """One batch, with as many steps per replay as memory holds; in halves where it does not hold one."""
     config = call.config
@@ -199,8 +247,15 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
             captured = with_baseline(captured, call.sites, others, config.positions)
         steps = min(len(call.nodes), memory.copies_that_fit(captured, config.memory_budget))
         if steps or captured.num_samples == 1:
-            search = _search if config.combine == "sum" else _joint
-            return search(captured, config, call.nodes, call.weights, max(steps, 1), measure)
+            search = partial(_search if config.combine == "sum" else _joint, captured, config, call.nodes, call.weights)
+            try:
+                return search(max(steps, 1), measure)
+            except NotImplementedError as error:  # an autograd.Function without a forward derivative: Bloom's GELU
+                lacks = f"{type(call.model).__name__} has no forward-mode derivative"
+                if config.combine != "sum":
+                    raise ModelError(f"{lacks}, which combine={config.combine!r} needs; use combine='sum'") from error
+                log.warning("%s, so no residuals", lacks)
+                return search(max(steps, 1), False)
     except torch.OutOfMemoryError as error:
         if len(batch["labels"]) == 1:
             raise InputError(
@@ -214,9 +269,9 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
 
 def _joined(parts: list[Located]) -> Located:
     """One after the other."""
-    scores, paths, residuals, counts, dead = zip(*parts, strict=True)
+    scores, paths, residuals, counts = zip(*parts, strict=True)
     rows = [row for part in residuals for row in part]
-    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts), set().union(*dead)
+    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts)
 
 
 def _joint(
@@ -225,11 +280,11 @@ def _joint(
     """Joint scores, NeuronPath's or the released code's, which have no completeness to measure."""
     released = config.combine == "released"
     if released and config.modality == "vision":
-        scores, path, dead = released_vision(captured, len(nodes), config.top_k)
+        scores, path = released_vision(captured, len(nodes), config.top_k)
     else:
         # at token 0, where the released code looks, there is no prefix to spare
         route = captured if released else plan(captured, clean_states=False)[0]
-        scores, path, dead = joint_search(
+        scores, path = joint_search(
             route,
             nodes.split(steps),
             weights.split(steps),
@@ -238,7 +293,7 @@ def _joint(
             greedy=config.search == "greedy",
             released=released,
         )
-    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu(), dead
+    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu()
 
 
 def _search(
@@ -260,22 +315,20 @@ def _search(
         with memory.measured(captured, group.replay.copies):
             return group.score(act, groups, value_of)
 
-    scores, paths, totals, dead = [], [], [], set()
+    scores, paths, totals = [], [], []
     for layer, act in enumerate(captured.activations):
         s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
-        s2, carried, has_gradient = torch.zeros_like(s1), torch.zeros_like(full), False
+        s2, carried = torch.zeros_like(s1), torch.zeros_like(full)
         for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
             carried += group.weights.to(carried) @ along_path
             if part is not None:
-                has_gradient = True
                 for total, new in zip((s1, s2), part, strict=True):
                     total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
         totals.append(s1.sum(1) + carried)
         score = s1 if config.score == "igi" else s2
         path = strongest(score, config.top_k, f"{captured.stack.name} layer {layer}", act.dtype)
-        if not has_gradient:
-            dead.add(layer)
-            path = torch.full_like(path, -1)
+        # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
+        path[((s1 == 0) & (s2 == 0)).all(1)] = -1
         scores.append(score.float())
         paths.append(path)
         scaled = None if independent else path[captured.rows.sample]
@@ -290,4 +343,4 @@ def _search(
         off = (torch.stack(totals) - change).abs()
         residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
     counted = captured.labels.mask.sum(1).cpu()
-    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted, dead
+    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted
