@@ -102,6 +102,7 @@ def demo(
     from mipfast.demo.full import SEEDS, run_full
     from mipfast.demo.report import accuracy_table, write_report
     from mipfast.demo.run import run
+    from mipfast.files import writing
 
     if forget not in (0.05, 0.10, 0.15):
         raise InputError(f"--forget {forget}; expected 0.05, 0.10 or 0.15")
@@ -118,6 +119,8 @@ def demo(
     _quiet_transformers()
     chosen = range(first_seed, first_seed + (seeds or (len(SEEDS) if full else 1)))
     out, progress = out or Path("demo-full" if full else "demo-report"), sys.stderr.isatty()
+    with writing(out):  # before minutes are spent
+        out.mkdir(parents=True, exist_ok=True)
     if full:
         results = run_full(chosen, out, progress)
         write(results, out)
@@ -431,12 +434,21 @@ def app(arguments: Sequence[str] | None = None) -> None:
 
 
 def main() -> None:
-    """Entry point: a MipfastError is one line for the user, not a traceback."""
+    """Entry point: what the user can mend is one line, not a traceback."""
     try:
         app()
+    except KeyboardInterrupt:
+        _stop("stopped: what is finished is kept, and the same command goes on from there", 130)
     except MipfastError as error:
-        console.print(f"[bold red]error:[/bold red] {escape(str(error))}")
-        sys.exit(2)
+        _stop(f"error: {error}", 2)
+    except OSError as error:  # of what is read; it names the file
+        _stop(f"error: {error}; give what can be read, and run the same again: what is finished is kept", 2)
+
+
+def _stop(line: str, code: int) -> None:
+    shown = line.encode(errors="backslashreplace").decode()  # a file's name need not be Unicode
+    console.print(f"[bold red]{escape(shown)}[/bold red]", soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
