@@ -98,6 +98,7 @@ def demo(
     from mipfast.demo.report import accuracy_table, write_report
     from mipfast.demo.run import run
     from mipfast.experiment import page
+    from mipfast.files import writing
 
     if forget not in (0.05, 0.10, 0.15):
         raise InputError(f"--forget {forget}; expected 0.05, 0.10 or 0.15")
@@ -105,6 +106,8 @@ def demo(
         raise InputError(f"--first-seed {first_seed}, --seeds {seeds}; expected at least 0, and at least 1")
     torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
     _quiet_transformers()
+    with writing(out):  # before minutes are spent
+        out.mkdir(parents=True, exist_ok=True)
     results = run(list(range(first_seed, first_seed + seeds)), forget, out, retrain, sys.stderr.isatty())
     write_report(results, out)
     console.print(page.terminal([accuracy_table(results), page.Bullets(results["limits"])]))
@@ -411,12 +414,21 @@ def app(arguments: Sequence[str] | None = None) -> None:
 
 
 def main() -> None:
-    """Entry point: a MipfastError is one line for the user, not a traceback."""
+    """Entry point: what the user can mend is one line, not a traceback."""
     try:
         app()
+    except KeyboardInterrupt:
+        _stop("stopped: what is finished is kept, and the same command goes on from there", 130)
     except MipfastError as error:
-        console.print(f"[bold red]error:[/bold red] {escape(str(error))}")
-        sys.exit(2)
+        _stop(f"error: {error}", 2)
+    except OSError as error:  # of what is read; it names the file
+        _stop(f"error: {error}; give what can be read, and run the same again: what is finished is kept", 2)
+
+
+def _stop(line: str, code: int) -> None:
+    shown = line.encode(errors="backslashreplace").decode()  # a file's name need not be Unicode
+    console.print(f"[bold red]{escape(shown)}[/bold red]", soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

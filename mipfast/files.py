@@ -7,11 +7,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mipfast._version import __version__
 from mipfast.errors import ArtefactError
@@ -22,13 +24,30 @@ RUN = "run.json"
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let write fill a temporary neighbour of path, a file or a folder, then rename it into place. A folder must not be
     there yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            _remove(temporary)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ArtefactError in place of whatever a full disk, a missing permission or a name that cannot be makes
+    Python, safetensors and torch.save raise."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
+        yield
+    except (OSError, UnicodeEncodeError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "inline_container" not in str(error):  # torch.save names no disk
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ArtefactError(
+            f"cannot write {path} ({reason}); make room or give another folder, and run the same again: what is "
+            "finished is kept"
+        ) from error
 
 
 def _remove(path: Path) -> None:
@@ -40,6 +59,25 @@ def _remove(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1)))
+
+
+def read_json(path: Path, remedy: str = "remove it and run the same again") -> dict[str, Any]:
+    """An object that `write_json` wrote. Raises ArtefactError for a missing, unreadable or damaged file."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{path} holds {type(value).__name__}, expected a JSON object; {remedy}")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for whatever is no JSON, what is nested too deep included."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def save_artefact(folder: str | Path, kind: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
@@ -57,16 +95,15 @@ def load_artefact(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_artefact` wrote; tensors and facts name what must be in it. Raises ArtefactError for a missing or
     damaged file."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     paths = Path(folder) / f"{kind}.safetensors", Path(folder) / f"{kind}.json"
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # which no name makes raise
             raise ArtefactError(f"{path} is missing; expected a folder written by save_pretrained of a {kind}")
     try:
-        found = load_file(paths[0]), json.loads(paths[1].read_text())
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = load_file(paths[0]), parse_json(paths[1].read_text())
+    except (OSError, SafetensorError, ValueError) as error:
         raise ArtefactError(f"{folder} holds a truncated or damaged {kind} ({error}); write it again") from error
     missing = [*(set(tensors) - set(found[0])), *(set(facts) - set(found[1]))]
     if missing:
@@ -81,8 +118,9 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
     folder is another run's."""
     check_folder(folder)
     identity = json.loads(json.dumps(identity))  # as it will be read back
-    found = read_run(folder)
-    if found is None:
+    if (found := read_run(folder)) is not None:
+        clear_left_over(folder)
+    if found is None or [*folder.iterdir()] == [folder / RUN]:  # a run that made nothing claims nothing
         write_json(folder / RUN, identity | (facts or {}))
         return
     for name, wanted in identity.items():
@@ -94,7 +132,6 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
                 f"{folder} holds a run with another {name}: found {had}, this run has {wanted}; "
                 "give another folder, or what the first run was given"
             )
-    clear_left_over(folder)
 
 
 def clear_left_over(folder: Path) -> None:
@@ -104,18 +141,16 @@ def clear_left_over(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ArtefactError where a file stands in a folder's place."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtefactError(f"{folder} is a file; expected a folder, or a name that is free")
+    """Raises ArtefactError where a file, or a link to nothing, stands in a folder's place."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        kind = "a file" if os.path.exists(folder) else "a link to nothing"
+        raise ArtefactError(f"{folder} is {kind}; expected a folder, or a name that is free")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """What `claim` wrote, or None in a folder that nobody claimed."""
     path = folder / RUN
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}); remove the folder and run again") from error
+    return read_json(path, "remove the folder and run again") if os.path.exists(path) else None
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Every kind of broken setting or data that comes through a public door says what was found, and what to do."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
 from transformers import TrainingArguments
 
 from mipfast import (
+    ArtefactError,
+    DivergedError,
+    InputError,
     LocateConfig,
     MIPConfig,
     MipfastError,
+    ModelError,
     NeuronPath,
     RMisUConfig,
     RMisUTrainer,
@@ -27,9 +32,14 @@ from mipfast import (
     unlearn,
 )
 from mipfast.cli import app
+from mipfast.data import Record
+from mipfast.data.checkpoint import load_model
+from mipfast.data.encoder import Encoder
 from mipfast.edit import baselines
 from mipfast.experiment import locate_file, pipeline
+from mipfast.experiment.comparison import compare
 from mipfast.judge import attacks
+from mipfast.judge.records import evaluate_records
 
 MODEL = tiny_llama()
 FORGET, RETAIN = ([text_batch(MODEL, [9, 7], [2, 1], seed=seed + i) for i in range(2)] for seed in (0, 10))
@@ -45,6 +55,9 @@ def path_of(model):
 
 
 PATH = path_of(MODEL)
+DEMO = Path(data.__file__).parents[1] / "demo" / "weights" / "base"
+ENCODER = Encoder.from_pretrained(DEMO)
+LOCATED = locate(MODEL, FIRST, search="pointwise", n_steps=1)
 
 
 def nan():
@@ -83,6 +96,18 @@ def trained(folder, dataset, rmisu=None):
 
 def without_labels(batch):
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def asked(task="generation", modality="text", **more):
+    return Record("1", "g", modality, task, **{"question": "q", "answer": "a"} | more)
+
+
+def judged(*records, **more):
+    evaluate_records(MODEL, ENCODER, records, **more)
+
+
+def chosen(**more):
+    NeuronPath.select(LOCATED, **more)
 
 
 BATCH = r"expected what model\(\*\*batch\) takes, tensors by name, with labels"
@@ -300,6 +325,86 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
         r"integers of shape \[P\] or \[1,P\]",
     ),
     "a hint at a word": (lambda: attacks.prefixed(FIRST, [7], at="1"), "at='1' is not", r"expected an integer 0\.\."),
+    # records and their inputs
+    "no records": (lambda: judged(), "there are no records", "expected at least one"),
+    "batches of no record": (lambda: judged(asked(), batch_size=0), "batch_size=0", "expected at least 1"),
+    "answers without a token": (lambda: judged(asked(), max_new_tokens=0), "max_new_tokens=0", "expected at least 1"),
+    "one id twice": (lambda: judged(asked(), asked()), "two records of g have the id 1", "expected one"),
+    "a blank answer": (lambda: judged(asked(answer=" ")), "record 1 of g: its question, its answer", "expected texts"),
+    "a choice without its answer": (
+        lambda: judged(asked(task="choice", options=("x", "y"), letter="A")),
+        "its answer 'a' is not the option it should be",
+        r"the options are \['x', 'y'\]",
+    ),
+    "a picture that is not there": (
+        lambda: judged(asked(modality="image")),
+        "its modality is image and its image None",
+        "expected an image with image alone",
+    ),
+    "a model that cannot write": (
+        lambda: evaluate_records(torch.nn.Linear(2, 2), ENCODER, [asked()]),
+        "Linear has no generate",
+        "expected a transformers model that writes",
+    ),
+    "a blank question": (lambda: ENCODER.encode(asked(question=" ")), "the prompt gives no token", "at least one"),
+    "an empty answer": (lambda: ENCODER.encode(asked(answer="")), "the answer gives no token", "at least one"),
+    "a question that is too long": (
+        lambda: ENCODER.encode(asked(question="who " * 600)),
+        "601 tokens; the model takes 128",
+        "shorten the sample",
+    ),
+    "half a surrogate pair": (
+        lambda: ENCODER.batch([asked(question="\ud83d")]),
+        "record 1 of g: the text is no Unicode",
+        "mend its",
+    ),
+    "no folder for an encoder": (
+        lambda: Encoder.from_pretrained("/none"),
+        "there is no folder /none",
+        "expected a transformers folder or Hub id",
+    ),
+    "no such device": (lambda: load_model(DEMO, "zzz"), "device='zzz' is not to be had here", "expected cpu"),
+    "no such dtype": (
+        lambda: load_model(DEMO, dtype="float99"),
+        "gives no AutoModelForImageTextToText .*float99",
+        "expected a transformers folder",
+    ),
+    "no folder of tables": (lambda: data.load_groups("/none", ["a"]), "there is no folder /none", "hf download"),
+    "no such table": (lambda: data.load_groups(DEMO, ["a"]), "has no table 'a'", "Name one of them"),
+    "no records of a table": (lambda: data.load_groups(DEMO, ["a"], limit=0), "limit=0", "expected at least 1"),
+    "a data file that is not there": (
+        lambda: next(data.read_lines("/none")),
+        "cannot read /none .No such file",
+        "expected a JSONL file",
+    ),
+    "no folder of scores": (
+        lambda: locate_file.read("/none"),
+        "/none/run.json is missing",
+        "written by mipfast locate",
+    ),
+    "nothing to compare": (lambda: compare([]), "there is nothing to compare", "give the folders"),
+    # choices
+    "nothing to choose from": (lambda: NeuronPath.select([]), "no attributions to select from", "was empty"),
+    "more than all neurons": (lambda: chosen(fraction=2.0), "fraction=2.0", "expected a share of the neurons"),
+    "a share of no neuron": (lambda: chosen(fraction=1e-9), "a budget of 0 neurons per layer", "expected 1 to 48"),
+    "more neurons than a layer's": (lambda: chosen(per_layer=99), "a budget of 99 neurons", "expected 1 to 48"),
+    "an unknown way to choose": (lambda: chosen(aggregate="best"), "aggregate='best'", "expected mean, union"),
+    "an unknown scope": (lambda: chosen(scope="all"), "scope='all'", "expected layer or stack"),
+    "snr without retain": (lambda: chosen(aggregate="snr"), "aggregate='snr' needs retain", "found none"),
+    "an unknown mode of pruning": (lambda: prune(MODEL, PATH, mode="x"), "mode='x'", "expected weights or activations"),
+    "a stack of another model": (
+        lambda: prune(MODEL, {("vision", 0): torch.arange(2)}),
+        "no stack 'vision' in this model",
+        "it has model.layers",
+    ),
+    "a number for a path": (lambda: prune(MODEL, 3), "the path is a int", "expected a NeuronPath"),
+    "no batch to score": (lambda: locate(MODEL, []), "no batch to locate on", "was empty"),
+    "a path of no neurons": (lambda: locate(MODEL, FIRST, top_k=0), "top_k=0", "expected at least 1"),
+    "a path of too many": (lambda: locate(MODEL, FIRST, top_k=99), "top_k=99 of 48 neurons", "lower top_k"),
+    "no nodes": (lambda: locate(MODEL, FIRST, n_steps=0), "n_steps must be at least 1", "found 0"),
+    "an unknown modality": (lambda: locate(MODEL, FIRST, modality="x"), "modality='x'", "expected text or vision"),
+    "an unknown stack": (lambda: locate(MODEL, FIRST, stack="x"), "no stack 'x' in this model", "it has model.layers"),
+    "no model to score": (lambda: locate(None, FIRST), "NoneType has no get_decoder", "expected a transformers causal"),
     # the demo
     "a ratio that is not offered": (
         lambda: app(["demo", "--forget", "0.5"]),
@@ -309,6 +414,15 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
 }
 
 
+OTHERS = {  # what is no InputError
+    ModelError: """no model|a model that cannot write|no folder for an encoder|no such dtype|a stack of another model|
+        an unknown stack|no model to score""",
+    ArtefactError: "another model's path|another model's indices|no folder of scores",
+    DivergedError: "weights that are nan, judged|NaN weights, unlearn|NaN weights, a loss|NaN weights, a choice",
+}
+CLASSES = {name.strip(): error for error, names in OTHERS.items() for name in names.split("|")}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_broken_is_named_with_what_to_do(kind):
     broken, found, expected = KINDS[kind]
@@ -316,6 +430,7 @@ def test_what_is_broken_is_named_with_what_to_do(kind):
     with pytest.raises(MipfastError, match=found) as raised:
         broken()
     raised.match(expected)
+    assert raised.type is CLASSES.get(kind, InputError)
     assert all(torch.equal(p, before[name]) for name, p in MODEL.named_parameters())
 
 

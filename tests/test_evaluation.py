@@ -370,9 +370,8 @@ def test_a_damaged_or_foreign_folder_is_refused(llama, tmp_path):
     judge(llama, records, out=tmp_path)
     rows = tmp_path / "rows-000000.jsonl"
     rows.write_bytes(rows.read_bytes()[:-9])
-    for again in (lambda: judge(llama, records, out=tmp_path), lambda: read_records(tmp_path)):
-        with pytest.raises(ArtefactError, match="rows-000000.jsonl is damaged .*remove it"):
-            again()
+    with pytest.raises(ArtefactError, match="rows-000000.jsonl is damaged .*remove it"):
+        read_records(tmp_path)
 
 
 def test_facts_lie_beside_the_results(llama, tmp_path):

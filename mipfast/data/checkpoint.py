@@ -44,7 +44,10 @@ def load_model(folder: str | Path, device: str = "cpu", dtype: str = "auto") -> 
     from transformers import AutoConfig
 
     check_device(device)
-    model = _loaded(auto_class(_loaded(AutoConfig, folder)), folder, dtype=dtype)
+    auto = auto_class(_loaded(AutoConfig, folder))
+    model, keys = _loaded(auto, folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(keys["missing_keys"]):  # transformers draws them at random
+        raise ModelError(f"{folder} has no weights for {len(missing)} tensors, such as {missing[0]}; fetch it again")
     return model.eval().to(device)
 
 
@@ -85,18 +88,20 @@ def save_model(model: Any, source: str | Path, folder: str | Path) -> None:
 
 
 def _loaded(auto: Any, folder: str | Path, **options: Any) -> Any:
-    """Raises ModelError in place of transformers' errors for a folder that lacks something."""
+    """Raises ModelError in place of whatever transformers, tokenizers and safetensors raise for a folder that lacks
+    something or is damaged."""
     name = str(folder)
     if not Path(folder).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no folder {name}; expected a transformers folder or Hub id")
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_sentence(error)}"
         raise ModelError(
-            f"{folder} gives no {auto.__name__} ({_first_sentence(error)}); expected a transformers folder or Hub id"
+            f"{folder} gives no {auto.__name__} ({reason}); expected a transformers folder or Hub id"
         ) from error
 
 
-def _first_sentence(error: Exception) -> str:
+def _first_sentence(error: BaseException) -> str:
     """transformers goes on for a paragraph, and breaks its lines within a sentence."""
-    return str(error).strip().split("\n")[0].split(". ")[0]
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__

@@ -153,6 +153,10 @@ class Encoder:
         picture, patches = _picture(record.image), 0
         if picture:
             self._check_sees()
+        try:
+            f"{record.prompt}{record.target}".encode()
+        except UnicodeEncodeError as error:  # tokenizers raise a TypeError that names no text
+            raise InputError(f"the text is no Unicode ({error}); mend its \\ud800 to \\udfff") from error
         text = self._text(record.prompt, picture)
         prompt = _opened(self.tokenizer, text, self._adds_bos(text))
         count = prompt.count(self._image_token) if self._image_token is not None else 0
@@ -264,7 +268,10 @@ class Encoder:
         contents: list[Any] = [[{"type": "image"}, text]] if picture else [prompt, [text]]
         for content in contents:
             turn = [{"role": "user", "content": content}]
-            shown = self._renderer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            try:
+                shown = self._renderer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template is a program
+                raise InputError(f"the chat template raises {type(error).__name__} ({error}); mend it") from error
             if prompt.strip() in shown:  # a template made for parts shows nothing of a plain text
                 return shown
         raise InputError("the chat template does not show the prompt; expected one with a user's turn")
@@ -334,8 +341,8 @@ def _loaded_if_there(auto: Any, folder: str | Path, missing: str) -> Any:
     """None where there is none: text alone needs none."""
     try:
         return _loaded(auto, folder)
-    except (ModelError, ImportError) as error:
-        log.info("%s: %s", missing, _first_sentence(error))
+    except ModelError as error:
+        log.info("%s: %s", missing, _first_sentence(error.__cause__ or error))
         return None
 
 

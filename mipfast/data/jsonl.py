@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from mipfast.data.records import Picture, Record
 from mipfast.errors import InputError
+from mipfast.files import parse_json
 
 KEYS = {"prompt": str, "answer": str, "image": str}
 EXPECTED = 'expected one object a line, {"prompt": text, "answer": text} and optionally "image": path'
@@ -40,7 +40,7 @@ def read_lines(data: str | Path, limit: int | None = None) -> Iterator[Record]:
             for number, line in enumerate(islice(lines, limit), 1):
                 try:
                     yield _record(number, line, data)
-                except ValueError as error:
+                except (ValueError, OSError) as error:  # the latter of a picture's path
                     raise InputError(f"{data}, line {number}: {error}; {EXPECTED}") from error
     except OSError as error:
         raise InputError(f"cannot read {data} ({error.strerror}); expected a JSONL file") from error
@@ -48,7 +48,7 @@ def read_lines(data: str | Path, limit: int | None = None) -> Iterator[Record]:
 
 def _record(number: int, line: bytes, data: Path) -> Record:
     """Raises ValueError (as json does), saying what was found."""
-    fields = json.loads(line.decode())
+    fields = parse_json(line.decode())
     if not isinstance(fields, dict):
         raise ValueError(f"found {type(fields).__name__} instead of an object")
     if not {"prompt", "answer"} <= fields.keys() <= KEYS.keys():

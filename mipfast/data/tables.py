@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shlex
@@ -15,6 +14,7 @@ from typing import Any
 
 from mipfast.data.records import Picture
 from mipfast.errors import ArtefactError, InputError
+from mipfast.files import parse_json
 
 log = logging.getLogger("mipfast")
 
@@ -100,7 +100,7 @@ class Row:
     def json(self, column: str, kind: type) -> Any:
         """The column's JSON text, parsed. Raises InputError for what is no JSON, or not of that kind."""
         try:
-            value = json.loads(self.text(column))
+            value = parse_json(self.text(column))
         except ValueError as error:
             raise self.error(column, f"what is no JSON ({error})", f"a JSON {kind.__name__}") from error
         if not isinstance(value, kind):

@@ -190,6 +190,8 @@ def check_fraction(fraction: float) -> None:
 def _best(score: torch.Tensor, fraction: float, per_layer: int | None, scope: str) -> list[torch.Tensor]:
     """Indices of the largest scores [L,F], best first, per layer."""
     num_layers, num_neurons = score.shape
+    if scope not in ("layer", "stack"):
+        raise InputError(f"scope={scope!r}; expected layer or stack")
     if scope == "stack":
         if per_layer is not None:
             raise InputError("per_layer and scope='stack' contradict each other; give a fraction")

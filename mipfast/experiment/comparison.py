@@ -24,6 +24,7 @@ from mipfast.data.records import RECORD_MODALITIES
 from mipfast.errors import ArtefactError, InputError
 from mipfast.experiment.config import without
 from mipfast.experiment.page import line
+from mipfast.files import read_json
 from mipfast.judge.metrics import forgetting_rate, retention
 
 VANILLA = "vanilla"
@@ -43,6 +44,10 @@ FLAGS = {
     "run_note": "what the run itself has to say",
     "missing_metrics": "another row has metrics that this one lacks (–): their mean rates are of different things",
 }
+
+
+FACTS: dict[str, type] = dict.fromkeys(("roles", "config", "versions", "machine", "neurons", "seconds"), dict)
+FACTS |= {"title": str, "flags": list}
 
 
 class Measure(NamedTuple):
@@ -242,30 +247,22 @@ def flags(scores: Scores, measures: Iterable[Measure] = ()) -> list[str]:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[dict[str, Any], Path]]]:
     """(summary.json without its models, {model: (its means, the folder of its answers)})."""
     if (folder / "summary.json").is_file():
-        facts = _json(folder / "summary.json")
+        facts = read_json(folder / "summary.json")
+        for name, kind in FACTS.items():
+            if not isinstance(found := facts.get(name, kind()), kind):
+                raise ArtefactError(f"{folder / 'summary.json'}: {name} is {found!r}; expected a {kind.__name__}")
         models = facts.pop("models", None)
         if not isinstance(models, dict) or not models or not all(isinstance(means, dict) for means in models.values()):
             raise ArtefactError(f"{folder / 'summary.json'} has no models, {{name: {{metric: mean}}}}; run again")
         return facts, {model: (means, folder / "eval" / model) for model, means in models.items()}
     if summaries := sorted(folder.glob("*_SUMMARY.json")):
-        return {}, {"model": ({key: value for path in summaries for key, value in _json(path).items()}, folder)}
+        return {}, {"model": ({key: value for path in summaries for key, value in read_json(path).items()}, folder)}
     problem = f"{folder} has neither summary.json nor NAME_SUMMARY.json"
     if (folder / "run.json").exists() or (folder / "eval").exists():
         raise ArtefactError(
             f"{problem}: its run has not finished; give the command that began it again, and it goes on"
         )
     raise ArtefactError(f"{problem}; expected the folder of a finished run or evaluation")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Raises ArtefactError for what is no JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}); remove it and run again") from error
-    if not isinstance(value, dict):
-        raise ArtefactError(f"{path} holds {type(value).__name__}, expected a JSON object; remove it and run again")
-    return value
 
 
 def _roles(facts: dict[str, Any]) -> dict[str, str]:
@@ -277,7 +274,7 @@ def _scores(means: dict[str, Any], folder: Path, roles: dict[str, str]) -> Score
     """The groups of a role are pooled, by their numbers of samples or, where one is not known, alike."""
     each: dict[str, dict[str, float | None]] = {}
     for path in sorted(folder.glob("*_EVAL.json")):
-        for key, scored in _json(path).items():
+        for key, scored in read_json(path).items():
             metric, values = key.rsplit("/", 1)[-1], scored.get("value_by_index") if isinstance(scored, dict) else None
             each[key] = {i: value.get(metric) for i, value in (values or {}).items() if isinstance(value, dict)}
     pools: dict[Measure, list[tuple[float, int]]] = {}

@@ -134,8 +134,8 @@ class Experiment:
             InputError: for a file, a key or a value that cannot be used; the text has the key's path.
         """
         try:
-            given = yaml.load(Path(file).read_text(), _Loader)  # a SafeLoader
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            given = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{file} cannot be read as YAML ({error}); expected a file like examples/*.yaml"
             ) from error

@@ -19,7 +19,7 @@ from mipfast.data.checkpoint import load_model, save_model
 from mipfast.data.encoder import Encoder
 from mipfast.data.records import Record, digest
 from mipfast.errors import DivergedError, InputError, check_counts, check_fields, check_installed, configured
-from mipfast.files import claim, versions, write_atomic, write_json
+from mipfast.files import claim, versions, write_atomic, write_json, writing
 from mipfast.model.sites import find_decoder, find_sites
 
 log = logging.getLogger("mipfast")
@@ -138,7 +138,11 @@ def finetune(
     resumed = _last_checkpoint(out / "checkpoints")
     if resumed:
         log.info("going on from %s", resumed)
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        with writing(out / "checkpoints"):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        _last_checkpoint(out / "checkpoints")  # what is not whole goes
     report = {
         "config": asdict(config),
         "seed": config.seed,

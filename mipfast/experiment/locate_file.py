@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,7 @@ def locate_file(
     out, config = Path(out), (config or LocateConfig()).resolved()
     surveyed = survey(encoder, data, config, batch_size, limit)
     claim(out, _identity(model, encoder, surveyed, config, batch_size, aggregate, limit))
+    _remove_damaged(out)
     sums = _Sums.load(out) if aggregate else None
     shards = [out / SHARDS.replace("*", f"{number:06d}") for number in range(len(surveyed.chunks))]
     done = [number < sums.facts["chunks"] if sums else shards[number].exists() for number in range(len(shards))]
@@ -404,7 +406,8 @@ def _locate_chunk(
     try:
         located = locate(model, inputs(), config)
     except MipfastError as error:
-        raise type(error)(f"{_where(data, 'a batch of ')}s {', '.join(lines)}: {error}") from error
+        where = f"{_where(data, 'a batch of ')}s {', '.join(lines)}" if lines else _where(data, "before the first ")
+        raise type(error)(f"{where}: {error}") from error
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
     per_sample = {name: [located.report[name][i] for i in order] for name in ("residuals", "num_labels")}
     return Attribution(located.scores[order], located.path[order], located.report | per_sample)
@@ -441,8 +444,9 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -
     """Tensors and facts in one file: two could be torn apart."""
     from safetensors.torch import save_file
 
-    metadata = {"facts": json.dumps(facts)}
-    write_atomic(path, lambda p: save_file({name: t.contiguous() for name, t in tensors.items()}, p, metadata))
+    whole, text = {name: t.contiguous() for name, t in tensors.items()}, json.dumps(facts)
+    metadata = {"facts": text, "checksum": _checksum(whole, text)}
+    write_atomic(path, lambda p: save_file(whole, p, metadata))
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -450,6 +454,26 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        if metadata["checksum"] != _checksum(tensors, metadata["facts"]):
+            raise ValueError("another checksum than when it was written")
+        return tensors, json.loads(metadata["facts"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); remove it and run the same mipfast locate again") from error
+
+
+def _checksum(tensors: dict[str, torch.Tensor], facts: str) -> str:
+    checksum = zlib.crc32(facts.encode())
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return str(checksum)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """So that its samples are located again."""
+    for path in (*folder.glob(SHARDS), *folder.glob(AGGREGATE)):
+        try:
+            _load(path)
+        except ArtefactError as error:
+            log.warning("%s: done here", error)
+            path.unlink()

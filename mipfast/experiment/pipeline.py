@@ -4,7 +4,6 @@ at any moment, the same command goes on where it was.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,15 +21,17 @@ from mipfast.data.encoder import Batches, Encoder
 from mipfast.edit.config import MIPConfig
 from mipfast.edit.neuron_path import NeuronPath
 from mipfast.edit.unlearn import edit, select_path, weighs_damage
+from mipfast.errors import ArtefactError
 from mipfast.experiment import finetune as finetuning
 from mipfast.experiment import locate_file
 from mipfast.experiment.config import EvalStage, Experiment, UnlearnStage, settings_of
-from mipfast.files import claim, machine, versions, write_atomic, write_json
+from mipfast.files import claim, machine, read_json, versions, write_atomic, write_json
 from mipfast.judge.records import Judgement, evaluate_records
 from mipfast.model.sites import Sites, find_sites
 from mipfast.scoring.config import LocateConfig
 
 log = logging.getLogger("mipfast")
+SUMMARY = "MIPFAST_SUMMARY.json"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
     compared = {name: value for name, value in settings.items() if name not in ("title", "out", "device")}
     compared["eval"] = {name: value for name, value in settings["eval"].items() if name != "batch_size"}
     claim(out, {"config": compared}, {"versions": versions()})
-    write_atomic(
-        out / "config.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    )
+    shown = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    write_atomic(out / "config.yaml", lambda path: path.write_text(shown, encoding="utf-8"))
     stages, vanilla = Stages(out), experiment.model
     where = Where(seed, experiment.device, experiment.dtype, progress)
     if learned := experiment.finetune:
@@ -86,12 +86,14 @@ def run(experiment: Experiment, progress: bool = False) -> dict[str, Any]:
         stages.do(
             "finetune",
             lambda: finetuning.finetune(vanilla, learned.data.all(seed), out / "finetune", learned, *options),
+            out / "finetune" / "model",
         )
     known = str(out / "finetune" / "model") if learned else vanilla
     unlearn_folder(known, experiment.unlearn, out, where)
     stages = Stages(out)
     for name, model in {"vanilla": known, "unlearned": str(out / "unlearn" / "model")}.items():
-        stages.do(f"eval/{name}", partial(evaluate_folder, model, experiment.eval, out / "eval" / name, where))
+        into = out / "eval" / name
+        stages.do(f"eval/{name}", partial(evaluate_folder, model, experiment.eval, into, where), into / SUMMARY)
     summary = _summary(experiment, out, stages)
     write_json(out / "summary.json", summary)
     return summary
@@ -111,8 +113,8 @@ def unlearn_folder(model: str, stage: UnlearnStage, out: str | Path, where: Wher
         return where.load(model), Encoder.from_pretrained(model), roles
 
     stages.do("locate", lambda: _locate(*loaded(), stage, out))
-    stages.do("unlearn", lambda: _unlearn(*loaded(), stage, out, identity))
-    return json.loads((out / "unlearn" / "report.json").read_text())
+    stages.do("unlearn", lambda: _unlearn(*loaded(), stage, out, identity), out / "unlearn" / "model")
+    return read_json(out / "unlearn" / "report.json", f"remove {out / 'unlearn'} and run the same again")
 
 
 def evaluate_folder(model: str, stage: EvalStage, out: str | Path, where: Where) -> Judgement:
@@ -128,11 +130,11 @@ class Stages:
 
     def __init__(self, out: Path):
         self.file = out / "stages.json"
-        self.begun: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.begun: dict[str, dict[str, Any]] = read_json(self.file) if self.file.exists() else {}
 
-    def do(self, stage: str, work: Callable[[], object]) -> None:
-        """Work, unless it is finished."""
-        if self.begun.get(stage, {}).get("seconds") is not None:
+    def do(self, stage: str, work: Callable[[], object], made: Path | None = None) -> None:
+        """Work, unless it is finished and what it made is still there."""
+        if self.begun.get(stage, {}).get("seconds") is not None and (made is None or made.exists()):
             log.info("%s is finished: skipped", stage)
             return
         log.info("%s", stage)
@@ -187,7 +189,12 @@ def _unlearn(
     folder, sites = out / "unlearn", find_sites(model)
     if (folder / "model").exists():
         return
-    located = {name: locate_file.read(out / "locate" / name) for name in _sets(roles, stage, sites)}
+    names = _sets(roles, stage, sites)
+    try:
+        located = {name: locate_file.read(out / "locate" / name) for name in names}
+    except ArtefactError:  # damaged since
+        _locate(model, encoder, roles, stage, out)
+        located = {name: locate_file.read(out / "locate" / name) for name in names}
     kept = [one for name, one in located.items() if not name.startswith("forget-")]
     path = select_path(sites, located.get("forget-text"), located.get("forget-image"), kept, stage)
     path.save_pretrained(folder / "path")
@@ -216,11 +223,8 @@ def _neurons(path: NeuronPath, sites: Sites) -> dict[str, dict[str, int]]:
 
 
 def _summary(experiment: Experiment, out: Path, stages: Stages) -> dict[str, Any]:
-    report = json.loads((out / "unlearn" / "report.json").read_text())
-    scores = {
-        name: json.loads((out / "eval" / name / "MIPFAST_SUMMARY.json").read_text())
-        for name in ("vanilla", "unlearned")
-    }
+    report = read_json(out / "unlearn" / "report.json")
+    scores = {name: read_json(out / "eval" / name / SUMMARY) for name in ("vanilla", "unlearned")}
     return {
         "title": experiment.title or out.name,
         "config": asdict(experiment),

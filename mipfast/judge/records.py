@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from mipfast.data.records import LETTERS, Record, digest
 from mipfast.errors import ArtefactError, InputError, ModelError
-from mipfast.files import claim, read_run, versions, write_atomic, write_json
+from mipfast.files import claim, parse_json, read_run, versions, write_atomic, write_json
 from mipfast.judge import metrics
 from mipfast.model.batch import Batch, find_labels, read_batch, without_labels
 from mipfast.model.fingerprint import fingerprint
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 CHUNK = 64  # records a file: enough to sort by length, few enough that a stop loses little
 COPIED = ("id", "group", "modality", "task", "prompt", "target", "answer")  # from a record into its row
+SAID = ("text", "nll", "nll_options", "nll_paraphrase", "nll_perturbed")
 CHOICE_TOKENS = 8  # only the first character counts; a model that forgot to stop would write on to the limit
 ROW_FILES = "rows-*.jsonl"
 PREFIX = "MIPFAST"  # of the files of Judgement.save
@@ -177,7 +178,7 @@ def evaluate_records(
                 chunk = records[start : start + CHUNK]
                 if not out:
                     rows += runner.rows(chunk)
-                elif not (shard := out / ROW_FILES.replace("*", f"{start:06d}")).exists():
+                elif not _is_whole(shard := out / ROW_FILES.replace("*", f"{start:06d}"), chunk):
                     _write_rows(shard, runner.rows(chunk))
                 bar.update(len(chunk))
     judged = read_records(out) if out else Judgement(rows, facts)
@@ -427,6 +428,20 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    except ValueError as error:
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+        if not all(isinstance(row, dict) and row.keys() == {*COPIED, *SAID} for row in rows):
+            raise ValueError(f"expected rows of {', '.join((*COPIED, *SAID))}")
+        return rows
+    except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); remove it and run the same evaluation again") from error
+
+
+def _is_whole(path: Path, records: Sequence[Record]) -> bool:
+    """Whether a file has the rows of these records; what is damaged is asked again."""
+    if not path.exists():
+        return False
+    try:
+        return [row["id"] for row in _read_rows(path)] == [record.id for record in records]
+    except ArtefactError as error:
+        log.warning("%s: done here", error)
+        return False

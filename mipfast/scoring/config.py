@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from mipfast.errors import InputError, check_fields
+from mipfast.errors import InputError, check_counts, check_fields
 from mipfast.model.positions import TEXT_POSITIONS, VISION_POSITIONS, Positions, check_name
 from mipfast.scoring.quadrature import quadrature
 
@@ -77,6 +77,7 @@ class LocateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_counts(self, "top_k")
         if self.memory_budget != "auto" and self.memory_budget < 1:
             raise InputError(f"memory_budget={self.memory_budget}; expected 'auto' or a number of bytes")
         config = vars(self) | self._open()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mipfast.errors import InputError
-from mipfast.model.batch import Batch, Labels, check_inputs, find_labels, without_labels
+from mipfast.model.batch import Batch, Labels, find_labels, read_batch, without_labels
 from mipfast.model.patching import removing
 from mipfast.model.positions import Positions
 from mipfast.model.sites import Sites, Stack
@@ -29,8 +29,7 @@ Objective = Callable[[torch.Tensor, Labels], torch.Tensor]  # logits [m·n,q,V],
 def first_samples(model: Any, batch: Batch, positions: Positions) -> tuple[Batch, Positions]:
     """Two samples, or more where it is not known how to divide the batch, and their positions. Raises InputError for
     what cannot be used."""
-    find_labels(batch)
-    check_inputs(model, batch)
+    batch, _ = read_batch(model, batch)
     with suppress(InputError):
         while len(batch["labels"]) > 2:
             batch = halves(batch, model.config)[0]
