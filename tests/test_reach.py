@@ -1,5 +1,7 @@
 """An edit reaches the weights that the model computes with, or is refused before any work; whole, or not at all."""
 
+from dataclasses import replace
+
 import accelerate
 import peft
 import pytest
@@ -14,6 +16,7 @@ from torch.nn.utils import prune as torch_prune
 from mipfast import (
     DivergedError,
     InputError,
+    LocateConfig,
     MIPConfig,
     MipfastError,
     ModelError,
@@ -22,6 +25,7 @@ from mipfast import (
     evaluate,
     find_sites,
     hidden_states,
+    learned_direction,
     locate,
     misdirect,
     prune,
@@ -384,6 +388,9 @@ def test_a_wrapped_model_is_the_model_inside(kind, one_process):
         numbers.append(torch.tensor(report["forget_loss"] + list(attacks.membership(model, FORGET, RETAIN).values())))
         with attacks.quantised(model), attacks.relearned(model, FORGET):
             numbers.append(hidden_states(model, BATCH, 2))
+        numbers.append(learned_direction(model, FORGET, 1, "last_prompt", length=3.0, steps=2))
+        fast = MIPConfig(LocateConfig(n_steps=2), vision=None, aggregate="mean", rmisu=replace(SHORT, steps=1))
+        path |= unlearn(model, FORGET, RETAIN, fast)["path"]
         report = baselines.run(model, "rmu", FORGET, RETAIN, BaselineConfig(steps=1))
         found.append((list(path), list(report["trained"]), numbers))
     assert found[0][:2] == found[1][:2] and found[0][0][0] == ("model.layers", 0)

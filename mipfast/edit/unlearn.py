@@ -68,6 +68,7 @@ def unlearn(
     config = configured(MIPConfig, config, overrides)
     if config.rmisu.trainable == "all":
         raise InputError("unlearn edits the located neurons; for trainable='all' call misdirect")
+    model = unwrapped(model)
     forget, retain = ([*batches] for batches in take_batches(forget, retain))
     for name, batches in (("forget", forget), ("retain", retain)):
         for i, batch in enumerate(batches):  # before hours of locating
@@ -75,7 +76,7 @@ def unlearn(
                 read_batch(model, batch)
             except InputError as error:
                 raise InputError(f"{name} batch {i}: {error}") from error
-    model, sites = unwrapped(model), find_sites(model)
+    sites = find_sites(model)
     check_prunable(model, sites.stacks if config.vision else [sites.text])
     path, located = locate_path(model, forget, retain, config)
     return {
