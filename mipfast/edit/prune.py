@@ -144,8 +144,10 @@ def check_neurons(model: nn.Module, path: Neurons, written: bool) -> tuple[Sites
         tensor = isinstance(indices, torch.Tensor)
         placed = isinstance(key, tuple) and len(key) == 2
         if not (placed and tensor and indices.dtype in INTEGERS and indices.ndim == 1):
-            found = f"{indices.dtype} {list(indices.shape)}" if tensor else type(indices).__name__
-            raise InputError(f"the path has {key!r}: a {found}; expected (stack, layer): a tensor of integers [k]")
+            found = type(indices).__name__ + (f" of {indices.dtype} {list(indices.shape)}" if tensor else "")
+            raise InputError(
+                f"the path has {key!r}: a {found}; expected (stack, layer): a tensor of indices [k], integers"
+            )
         neurons[key] = indices.long()
     sites = find_sites(model)
     fingerprint = getattr(path, "fingerprint", None)
