@@ -25,8 +25,8 @@ log = logging.getLogger("mipfast")
 
 
 class Losses(NamedTuple):
-    """A step's loss, or one term of it. loss: weighted, what goes backward. forget, retain: the unweighted losses in it;
-    None where it has none."""
+    """A step's loss, or one term of it. loss: weighted, what goes backward. forget, retain: the unweighted losses in
+    it; None where it has none."""
 
     loss: torch.Tensor
     forget: torch.Tensor | None = None
@@ -194,8 +194,8 @@ def descend(
     """One Adam step without weight decay for every step, on the sum of terms_of(step); each term goes backward before
     the next is computed, so that only one holds a graph. Returns the report of the run.
 
-    epoch: after so many steps some leaf must have got a gradient (a shorter run only warns). Raises InputError where none did,
-    DivergedError for a loss that is not finite."""
+    epoch: after so many steps some leaf must have got a gradient (a shorter run only warns). Raises InputError where
+    none did, DivergedError for a loss that is not finite."""
     started = time.monotonic()
     names = list(dict.fromkeys(leaf.name for leaf in leaves))
     optimizer = torch.optim.Adam([leaf.tensor for leaf in leaves], lr=lr)

@@ -1,8 +1,8 @@
-"""Copies of the batch, one for each node alpha of the quadrature, taken through the blocks one layer at a time: `score`
+"""Copies of the batch, one for each node alpha of the quadrature, through the blocks layer by layer: `score`
 differentiates at the next block, `advance` goes past it.
 
-The classes differ in how a copy gets past a block; `make_node_groups` chooses. Here gradients are summed over nodes; which
-sum is the score is search.py's to say.
+The classes differ in how a copy gets past a block; `make_node_groups` chooses. Here gradients are summed over nodes;
+which sum is the score is search.py's to say.
 """
 
 from __future__ import annotations
