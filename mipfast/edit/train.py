@@ -25,7 +25,8 @@ log = logging.getLogger("mipfast")
 
 
 class Losses(NamedTuple):
-    """A step's loss or one term of it, and what it is made of before weighting; None what is no part of it."""
+    """A step's loss, or one term of it. loss: weighted, what goes backward. forget, retain: the unweighted losses in
+    it; None where it has none."""
 
     loss: torch.Tensor
     forget: torch.Tensor | None = None
@@ -165,7 +166,7 @@ def make_leaves(model: nn.Module, trainable: Trainable) -> Leaves:
 
 
 def order(seed: int, counts: Iterable[int], steps: int) -> list[list[int]]:
-    """Which of count batches each step takes, for every count: epoch after epoch, each shuffled, cut to steps."""
+    """For every count a list of `steps` batch numbers below it, one a step: shuffled epochs, one after the other."""
     rng = random.Random(seed)
     return [[i for _ in range(-(-steps // count)) for i in rng.sample(range(count), count)][:steps] for count in counts]
 
@@ -193,8 +194,8 @@ def descend(
     """One Adam step without weight decay for every step, on the sum of terms_of(step); each term goes backward before
     the next is computed, so that only one holds a graph. Returns the report of the run.
 
-    epoch: the number of steps after which some leaf must have got a gradient. Raises InputError where none did,
-    DivergedError for a loss that is not finite."""
+    epoch: after so many steps some leaf must have got a gradient (a shorter run only warns). Raises InputError where
+    none did, DivergedError for a loss that is not finite."""
     started = time.monotonic()
     names = list(dict.fromkeys(leaf.name for leaf in leaves))
     optimizer = torch.optim.Adam([leaf.tensor for leaf in leaves], lr=lr)
@@ -213,8 +214,8 @@ def descend(
         moving |= {leaf.name for leaf in leaves if leaf.name not in moving and _has_gradient(leaf.tensor)}
         if done + 1 == epoch and not moving:
             raise InputError(
-                f"no gradient reaches {', '.join(names)}: input rows of neurons whose columns are zero do not "
-                "train alone, and a vision tower needs batches with pixel_values"
+                f"no gradient reaches {', '.join(names)}: gate and up rows of pruned neurons get none "
+                "unless their output columns train too, and a vision tower needs batches with pixel_values"
             )
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,8 @@
-"""The quadrature's nodes on their way through the layers: what each sees of a block, and how it gets past it.
+"""Copies of the batch, one for each node alpha of the quadrature, through the blocks layer by layer: `score`
+differentiates at the next block, `advance` goes past it.
 
-Knows gradients and their sums over nodes, not what they score.
+The classes differ in how a copy gets past a block; `make_node_groups` chooses. Here gradients are summed over nodes;
+which sum is the score is search.py's to say.
 """
 
 from __future__ import annotations
@@ -173,7 +175,7 @@ class ResidualNodes(NodeGroup):
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         weight = self._weight()
-        assert path is not None  # without one, a block is IndependentNodes
+        assert path is not None  # only IndependentNodes and CleanNode are given None, and both override this
         state = self.replay.add_rows(
             self._output, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
         )

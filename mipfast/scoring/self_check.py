@@ -61,15 +61,15 @@ def plain_scores(
     return act * torch.autograd.grad(value, leaf)[0]
 
 
-def replayed_scores(captured: Capture, alpha: float, objective: Objective) -> torch.Tensor:
-    """The same [R,F] as a search computes it, for the first of two copies."""
+def replayed_scores(captured: Capture, alpha: float, objective: Objective, copies: int) -> torch.Tensor:
+    """The same [R,F] as a search computes it, for the first of one or two copies."""
     layer = captured.stack.num_layers // 2
     route, clean = plan(captured, clean_states=True)
-    replay, alphas, weights = Replay(route, 2), torch.tensor([alpha, 1.0]), torch.tensor([1.0, 0.0])
-    group: NodeGroup = (ResidualNodes if clean else HookedNodes)(replay, alphas, weights, carry=False)
+    replay, alphas, weights = Replay(route, copies), torch.tensor([alpha, 1.0]), torch.tensor([1.0, 0.0])
+    group: NodeGroup = (ResidualNodes if clean else HookedNodes)(replay, alphas[:copies], weights[:copies], carry=False)
     for i, act in enumerate(captured.activations[:layer]):
         if clean:
-            replay.push(repeated(clean.states[i], 2), None)
+            replay.push(repeated(clean.states[i], copies), None)
         else:
             group.advance(act, None)
     sums, _ = group.score(captured.activations[layer], None, lambda logits: objective(logits, captured.labels))
