@@ -12,8 +12,9 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(STAMP)
 	$(BIN)/mipfast demo
 
-# every test computes on one thread; a file stays in one process, for its fixtures
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+# every test computes on one thread; a file stays in one process, for its fixtures; in the order of names, as the file of
+# one long test would else come last
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(PYTEST) -m 'not slow'
 

@@ -120,18 +120,20 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
     identity = json.loads(json.dumps(identity))  # as it will be read back
     if (found := read_run(folder)) is not None:
         clear_left_over(folder)
-    if found is None or [*folder.iterdir()] == [folder / RUN]:  # a run that made nothing claims nothing
+    other = [name for name, wanted in identity.items() if (found or {}).get(name) != wanted]
+    if found is None or (other and [*folder.iterdir()] == [folder / RUN]):  # a run that made nothing claims nothing
         write_json(folder / RUN, identity | (facts or {}))
         return
-    for name, wanted in identity.items():
-        if (had := found.get(name)) != wanted:
-            if isinstance(had, dict) and name == "config":  # only the settings that differ
-                names = [key for key in wanted if had.get(key) != wanted[key]]
-                had, wanted = ({key: settings.get(key) for key in names} for settings in (had, wanted))
-            raise ArtefactError(
-                f"{folder} holds a run with another {name}: found {had}, this run has {wanted}; "
-                "give another folder, or what the first run was given"
-            )
+    if not other:
+        return
+    had, wanted = found.get(other[0]), identity[other[0]]
+    if isinstance(had, dict) and other[0] == "config":  # only the settings that differ
+        names = [key for key in wanted if had.get(key) != wanted[key]]
+        had, wanted = ({key: settings.get(key) for key in names} for settings in (had, wanted))
+    raise ArtefactError(
+        f"{folder} holds a run with another {other[0]}: found {had}, this run has {wanted}; "
+        "give another folder, or what the first run was given"
+    )
 
 
 def clear_left_over(folder: Path) -> None:
