@@ -17,6 +17,7 @@ from mipfast.errors import ArtefactError, InputError, MipfastError
 from mipfast.experiment import comparison, comparison_page, page
 from mipfast.experiment.comparison import compare
 from mipfast.experiment.comparison_page import metric_grid, overview, parts
+from mipfast.judge.records import COPIED, SAID
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 ROLES = {"forget": ["forget_5"], "retain": ["retain_95", "celebrities"]}
@@ -52,7 +53,8 @@ def write_eval(folder, found, sizes, rows=None):
     (folder / "MIPFAST_EVAL.json").write_text(json.dumps(every))
     (folder / "MIPFAST_SUMMARY.json").write_text(json.dumps(found))
     if rows:
-        (folder / "rows-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        whole = [{key: row.get(key) for key in (*COPIED, *SAID)} for row in rows]
+        (folder / "rows-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
         (folder / "run.json").write_text(json.dumps({"records": len(rows)}))
 
 
