@@ -57,10 +57,12 @@ def hidden_states(
     inputs, rows, shape = _seen(model, batch, text_rows(batch, positions, labels).index)
 
     def gather(module: nn.Module, args: tuple) -> tuple:
-        return args if args[0].shape[:-1] != shape else (args[0].flatten(0, 1)[None, rows], *args[1:])
+        # Bloom's FFN is given the residual too, which it adds
+        other = len(args) > 1 or args[0].shape[:-1] != shape
+        return args if other else (args[0].flatten(0, 1)[None, rows],)
 
     def scatter(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        if output.shape[:-1] == shape:
+        if output.shape[:-1] == shape or args[0].shape[:-1] != (1, len(rows)):  # not what gather gave
             return output
         return output.new_zeros(shape.numel(), output.shape[-1]).index_copy(0, rows, output[0]).unflatten(0, shape)
 
