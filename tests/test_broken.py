@@ -397,6 +397,7 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
         "no stack 'vision' in this model",
         "it has model.layers",
     ),
+    "a prune of no neurons": (lambda: prune(MODEL, {}), "the path names no neuron", "expected at least one"),
     "a number for a path": (lambda: prune(MODEL, 3), "the path is a int", "expected a NeuronPath"),
     "no batch to score": (lambda: locate(MODEL, []), "no batch to locate on", "was empty"),
     "a path of no neurons": (lambda: locate(MODEL, FIRST, top_k=0), "top_k=0", "expected at least 1"),

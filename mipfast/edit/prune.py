@@ -217,6 +217,8 @@ def prune(
         >>> bool((down == 0).any())
         False
     """
+    if isinstance(path, Mapping) and not path:
+        raise InputError("the path names no neuron; expected at least one")
     check_value("mode", mode, Mode)
     if mode == "weights" and positions != "all":
         raise InputError("mode='weights' acts on all positions; use mode='activations' for some of them")
