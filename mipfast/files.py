@@ -120,20 +120,19 @@ def claim(folder: Path, identity: dict[str, Any], facts: dict[str, Any] | None =
     identity = json.loads(json.dumps(identity))  # as it will be read back
     if (found := read_run(folder)) is not None:
         clear_left_over(folder)
-    other = [name for name, wanted in identity.items() if (found or {}).get(name) != wanted]
-    if found is None or (other and [*folder.iterdir()] == [folder / RUN]):  # a run that made nothing claims nothing
-        write_json(folder / RUN, identity | (facts or {}))
-        return
-    if not other:
-        return
-    had, wanted = found.get(other[0]), identity[other[0]]
-    if isinstance(had, dict) and other[0] == "config":  # only the settings that differ
-        names = [key for key in wanted if had.get(key) != wanted[key]]
-        had, wanted = ({key: settings.get(key) for key in names} for settings in (had, wanted))
-    raise ArtefactError(
-        f"{folder} holds a run with another {other[0]}: found {had}, this run has {wanted}; "
-        "give another folder, or what the first run was given"
-    )
+        differs = next((name for name, wanted in identity.items() if found.get(name) != wanted), None)
+        if differs is None:
+            return
+        if [*folder.iterdir()] != [folder / RUN]:  # a run that made nothing claims nothing
+            had, wanted = found.get(differs), identity[differs]
+            if isinstance(had, dict) and differs == "config":  # only the settings that differ
+                names = [key for key in wanted if had.get(key) != wanted[key]]
+                had, wanted = ({key: settings.get(key) for key in names} for settings in (had, wanted))
+            raise ArtefactError(
+                f"{folder} holds a run with another {differs}: found {had}, this run has {wanted}; "
+                "give another folder, or what the first run was given"
+            )
+    write_json(folder / RUN, identity | (facts or {}))
 
 
 def clear_left_over(folder: Path) -> None:
