@@ -12,7 +12,7 @@ from mipfast.edit.prune import active_prunes
 from mipfast.errors import InputError
 from mipfast.model import families
 from mipfast.model.batch import Batch, image_token, read_batch, without_labels
-from mipfast.model.patching import plain_forward, removing, unwrapped
+from mipfast.model.patching import plain_forward, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import Sites, check_layer, find_sites
 
@@ -71,9 +71,9 @@ def hidden_states(
 
     with plain_forward(model), ExitStack() as hooks:
         if not _hooked(model):
-            hooks.enter_context(removing(ffn.register_forward_pre_hook(gather)))
-            hooks.enter_context(removing(ffn.register_forward_hook(scatter)))
-        hooks.enter_context(removing(block.register_forward_hook(stop)))
+            hooks.enter_context(ffn.register_forward_pre_hook(gather))
+            hooks.enter_context(ffn.register_forward_hook(scatter))
+        hooks.enter_context(block.register_forward_hook(stop))
         try:
             model(**inputs, use_cache=False)
         except _Reached as reached:

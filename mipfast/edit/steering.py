@@ -17,7 +17,7 @@ from mipfast.edit.config import RMisUConfig
 from mipfast.errors import InputError
 from mipfast.model.batch import Batch, check_many
 from mipfast.model.likelihood import cross_entropy
-from mipfast.model.patching import frozen_eval, removing, unwrapped
+from mipfast.model.patching import frozen_eval, unwrapped
 from mipfast.model.positions import Positions, text_rows
 from mipfast.model.sites import check_layer, find_sites
 
@@ -108,7 +108,7 @@ def answer_log_prob(model: Any, batch: Batch, layer: int, positions: Positions, 
         moved = state.detach().flatten(0, 1).index_copy(0, rows.to(state.device), values).view_as(state)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    with removing(find_sites(model).text.blocks[layer].register_forward_hook(replace)):
+    with find_sites(model).text.blocks[layer].register_forward_hook(replace):
         return -cross_entropy(model, batch)
 
 

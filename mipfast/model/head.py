@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mipfast.model.batch import Labels
-from mipfast.model.patching import removing, unwrapped
+from mipfast.model.patching import unwrapped
 
 
 def base_model(model: Any) -> nn.Module:
@@ -40,5 +40,5 @@ def label_states(model: nn.Module, labels: Labels) -> Iterator[None]:
         picked = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
         return with_states(output, picked)
 
-    with removing(base_model(model).register_forward_hook(gather)):
+    with base_model(model).register_forward_hook(gather):
         yield

@@ -136,12 +136,3 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
         if compiled(model):
             plain.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-@contextmanager
-def removing(handle: Any) -> Iterator[None]:
-    """Remove a hook on the way out."""
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -17,7 +17,6 @@ from mipfast.errors import DivergedError, InputError
 from mipfast.model import families
 from mipfast.model.batch import Batch, Labels, image_token, read_batch, without_labels
 from mipfast.model.head import base_model, label_states
-from mipfast.model.patching import removing
 from mipfast.model.positions import Positions, Rows, text_rows, vision_rows
 from mipfast.model.sites import Sites, Stack, find_decoder
 from mipfast.scoring.prefix_attention import Prefix, Recording, UnsupportedAttention, recording
@@ -143,12 +142,12 @@ def _capture(
 
     with ExitStack() as hooks:
         seen["recording"] = hooks.enter_context(recording(decoder)) if record else None
-        hooks.enter_context(removing(base_model(model).register_forward_hook(keep_base_output)))
-        hooks.enter_context(removing(entry.register_forward_pre_hook(keep_kwargs, with_kwargs=True)))
+        hooks.enter_context(base_model(model).register_forward_hook(keep_base_output))
+        hooks.enter_context(entry.register_forward_pre_hook(keep_kwargs, with_kwargs=True))
         for output in stack.outputs:
-            hooks.enter_context(removing(output.register_forward_pre_hook(keep_activations)))
+            hooks.enter_context(output.register_forward_pre_hook(keep_activations))
         for block in stack.blocks:
-            hooks.enter_context(removing(block.register_forward_hook(keep_outputs)))
+            hooks.enter_context(block.register_forward_hook(keep_outputs))
         hooks.enter_context(label_states(model, labels))
         with torch.no_grad():
             logits = model(**without_labels(batch), use_cache=False).logits

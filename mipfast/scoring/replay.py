@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mipfast.model import families
 from mipfast.model.batch import without_labels
 from mipfast.model.head import base_model, label_states, with_states
-from mipfast.model.patching import removing, replaced_forward
+from mipfast.model.patching import replaced_forward
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.prefix_attention import attending
 
@@ -102,10 +102,10 @@ class Replay:
         first, *later = self.capture.stack.blocks
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(self._last_block_at_labels())
-            hooks.enter_context(removing(first.register_forward_hook(keep)))
+            hooks.enter_context(first.register_forward_hook(keep))
             for block in later:
-                hooks.enter_context(removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
-                hooks.enter_context(removing(block.register_forward_hook(keep)))
+                hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(block.register_forward_hook(keep))
             value = objective(self._entered())
             if not value.requires_grad:
                 return [None] * len(outputs), [None] * len(entered)
@@ -179,7 +179,7 @@ class Replay:
                 patches.enter_context(attending(capture.decoder, capture.prefix))
                 if entry is not capture.decoder:
                     hook = capture.decoder.register_forward_pre_hook(self._cut_call, with_kwargs=True)
-                    patches.enter_context(removing(hook))
+                    patches.enter_context(hook)
             patches.enter_context(replaced_forward(base, from_entry))
             for block, state in zip(capture.stack.blocks, self.states, strict=False):
 
@@ -189,7 +189,7 @@ class Replay:
                 patches.enter_context(replaced_forward(block, known))
             if layer < capture.stack.num_layers:
                 keep = capture.stack.blocks[layer].register_forward_pre_hook(self._keep_call, with_kwargs=True)
-                patches.enter_context(removing(keep))
+                patches.enter_context(keep)
             patches.enter_context(label_states(capture.model, capture.labels))
             return capture.model(**without_labels(capture.batch), use_cache=False).logits
 
@@ -233,7 +233,7 @@ class Replay:
             self._keep_call(module, args, kwargs)
             raise _Reached
 
-        with torch.no_grad(), removing(block.register_forward_pre_hook(stop, with_kwargs=True)):
+        with torch.no_grad(), block.register_forward_pre_hook(stop, with_kwargs=True):
             try:
                 self._entered()
             except _Reached:
@@ -289,7 +289,7 @@ class Replay:
             x = args[0].reshape(-1, args[0].shape[-1])  # out of place: the input is also somebody else's saved tensor
             return (x.index_put((self._index,), flat).view_as(args[0]), *args[1:])
 
-        with removing(self.capture.stack.outputs[layer].register_forward_pre_hook(overwrite)):
+        with self.capture.stack.outputs[layer].register_forward_pre_hook(overwrite):
             yield
 
 

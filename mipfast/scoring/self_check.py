@@ -14,7 +14,6 @@ from torch import nn
 
 from mipfast.errors import InputError
 from mipfast.model.batch import Batch, Labels, find_labels, read_batch, without_labels
-from mipfast.model.patching import removing
 from mipfast.model.positions import Positions
 from mipfast.model.sites import Sites, Stack
 from mipfast.scoring.capture import Capture, chosen_rows
@@ -51,7 +50,7 @@ def plain_scores(
         seen.extend([act, (alpha * act).requires_grad_()])
         return (flat.index_put((rows.index,), seen[1]).view_as(args[0]), *args[1:])
 
-    with removing(stack.outputs[stack.num_layers // 2].register_forward_pre_hook(scale)), torch.enable_grad():
+    with stack.outputs[stack.num_layers // 2].register_forward_pre_hook(scale), torch.enable_grad():
         logits = model(**without_labels(batch), use_cache=False).logits
         at_labels = logits.gather(1, labels.index.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1]))
         value = objective(at_labels, labels).sum()
