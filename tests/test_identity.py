@@ -41,6 +41,39 @@ def test_one_bit_of_any_weight_is_seen(make):
     assert fingerprint(model) == before
 
 
+def test_many_words_at_once_are_seen():
+    """Changes that cancel in a sum, or touch only the bit that a product loses: signs, halves, order, complements."""
+    weight = torch.randn(40_000, generator=torch.Generator().manual_seed(0))  # more than two rows of sums, and a rest
+    bits = weight.view(torch.int32)
+    changed = [
+        weight,
+        -weight,
+        torch.cat([-weight[:2], weight[2:]]),
+        torch.cat([weight[:1], -weight[1:2], weight[2:3], -weight[3:4], weight[4:]]),
+        weight.flip(0),
+        weight.view(-1, 2).flip(1).flatten(),
+        torch.cat([weight[16_384:32_768], weight[:16_384], weight[32_768:]]),
+        (~bits).view(torch.float32),
+        (bits ^ 1).view(torch.float32),
+        (bits ^ (1 << 30)).view(torch.float32),
+        weight.view(200, 200).t().flatten(),
+    ]
+    model = tiny_llama()
+    found = set()
+    for values in changed:
+        model.register_buffer("probe", values.clone())
+        found.add(fingerprint(model))
+    assert len(found) == len(changed)
+
+
+def test_where_a_weight_lies_does_not_count():
+    model, values = tiny_llama(), torch.arange(70, dtype=torch.bfloat16)
+    model.register_buffer("probe", values.clone())
+    before = fingerprint(model)
+    model.probe = torch.cat([torch.zeros(1, dtype=torch.bfloat16), values])[1:]  # 2 bytes into its storage
+    assert fingerprint(model) == before
+
+
 def test_a_pruned_model_of_any_width_is_another():
     # where the hidden size is a multiple of 1024, samples with a stride see one neuron
     sizes = dict(vocab_size=64, hidden_size=1024, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

@@ -1,6 +1,8 @@
 """The first samples against plain autograd: what is seen, and what then happens. And what a call leaves behind that was
 interrupted anywhere, that stands inside another, or inside inference_mode."""
 
+import copy
+
 import pytest
 import torch
 from families import Float64, build, text
@@ -72,7 +74,7 @@ def test_a_fast_way_that_is_wrong_is_left(modality, monkeypatch, caplog):
     model, batch = inputs(modality)
     expected = locate(model, batch, modality=modality)
     doubled(monkeypatch, "project_accumulate")  # of the fast way alone
-    found = locate(model, batch, modality=modality)
+    found = locate(copy.deepcopy(model), batch, modality=modality)  # the model itself was checked
     assert "fast scores are off by 100.0% from plain autograd; replaying natively" in caplog.text
     assert_equal(found, expected)
 
@@ -104,10 +106,13 @@ def test_two_samples_are_asked_and_none_where_memory_ends(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(search, "plain_scores", small)
-    assert locate(model, twice).report["self_check"] < 1e-5 and asked == [2]
+    fresh = copy.deepcopy(model)
+    assert locate(fresh, twice).report["self_check"] < 1e-5 and asked == [2]
+    again = locate(fresh, twice)  # a model is asked about once
+    assert again.report["self_check"] < 1e-5 and asked == [2] and again.scores[:2].equal(again.scores[2:])
     for name in ("plain_scores", "replayed_scores"):
         monkeypatch.setattr(search, name, none)
-        found = locate(model, batch)
+        found = locate(copy.deepcopy(model), batch)
         assert found.report["self_check"] is None and found.scores.equal(expected.scores)
 
 

@@ -185,7 +185,7 @@ def _truly_float64(model):
 
 def unchecked_route(call, batch, faster):
     """In the place of `search._check_route`, where replays are counted that the search makes."""
-    faster.enter_context(accelerated(call.model, call.sites.stacks))
+    faster.enter_context(accelerated(call.model, call.sites.stacks, call.known))
 
 
 # --------------------------------------------------------------------------------------------- batches

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,9 +17,10 @@ from mipfast.ops.frozen_linear import linear
 
 
 @contextmanager
-def accelerated(model: nn.Module, stacks: Iterable[Stack]) -> Iterator[None]:
-    """A frozen model's products, the stacks' gated FFNs and windowed attention by the faster ways of ours."""
-    with own_configs(model), frozen_linears(model), fused_ffns(stacks), grouped_windows(model):
+def accelerated(model: nn.Module, stacks: Iterable[Stack], known: dict[Hashable, Any] | None = None) -> Iterator[None]:
+    """A frozen model's products, the stacks' gated FFNs and windowed attention by the faster ways of ours. known: what
+    is `remembered` of the model."""
+    with own_configs(model), frozen_linears(model), fused_ffns(stacks, known), grouped_windows(model):
         yield
 
 

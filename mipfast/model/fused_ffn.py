@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,19 +19,26 @@ from mipfast.model.sites import Stack
 
 
 @contextmanager
-def fused_ffns(stacks: Iterable[Stack]) -> Iterator[None]:
-    """The stacks' gated FFNs by `ops.swiglu`; hooks and wrappers of their projections stay in place."""
+def fused_ffns(stacks: Iterable[Stack], known: dict[Hashable, Any] | None = None) -> Iterator[None]:
+    """The stacks' gated FFNs by `ops.swiglu`; hooks and wrappers of their projections stay in place. known: what is
+    `remembered` of the model."""
+    known = {} if known is None else known
     with ExitStack() as patches:
-        for ffn in (ffn for stack in stacks for ffn in stack.ffns):
-            if "forward" not in vars(ffn) and _is_gated(ffn):
-                patches.enter_context(replaced_forward(ffn, partial(_forward, ffn)))
+        for stack in stacks:
+            for layer, ffn in enumerate(stack.ffns):
+                if "forward" in vars(ffn):
+                    continue
+                if (key := ("gated", stack.name, layer)) not in known:
+                    known[key] = _is_gated(ffn)
+                if known[key]:
+                    patches.enter_context(replaced_forward(ffn, partial(_forward, ffn)))
         yield
 
 
 def _is_gated(ffn: Any) -> bool:
-    """Whether this is what the FFN computes: others with parts of these names scale or gate differently. Tried on every
-    call, as an activation or a class's forward may be replaced between two, or its state changed in place."""
-    if not all(hasattr(ffn, part) for part in families.GATED_PARTS):
+    """Whether this is what the FFN computes, and for any weights: others with parts of these names scale or gate
+    differently, and an activation that learns need not stay SiLU."""
+    if not all(hasattr(ffn, part) for part in families.GATED_PARTS) or getattr(ffn.act_fn, "state_dict", dict)():
         return False
     weight = next(ffn.gate_proj.parameters())
     if weight.is_meta or not weight.is_floating_point() or weight.itemsize < 2:  # elsewhere, or quantised

@@ -34,9 +34,8 @@ class Capture:
     measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
     base_output: what the head's wrapper got from the base model. extra_outputs: what blocks return besides their state
     in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions.
-    checked: what `plan` has found out about the model, in this
-    call of locate. recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has
-    cut down to start..stop."""
+    checked: what `plan` has found out about the model. recording: of the decoder's attention, where it can be; prefix:
+    set in a capture that `suffix` has cut down to start..stop."""
 
     model: nn.Module
     stack: Stack

@@ -14,7 +14,7 @@ from mipfast.scoring.capture import NATIVE, Capture
 from mipfast.scoring.replay import Replay, _cut
 
 log = logging.getLogger("mipfast")
-ADDITIVE, SUFFIX = "additive", "suffix"  # found once per call: blocks add their FFN's output; a suffix's logits match
+ADDITIVE, SUFFIX = "additive", "suffix"  # found once per model: blocks add their FFN's output; a suffix's logits match
 
 
 def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
@@ -23,7 +23,7 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
 
     The check compares blocks' outputs at the chosen rows with the clean run's: wrong where attention over the prefix is
     not what it was. It goes over all blocks, a forward pass of one copy, where clean_states says they are wanted or
-    on a call's first batch; else over the first block, for this batch's mask. Once per call it also compares blocks
+    on a model's first batch; else over the first block, for this batch's mask. Once per model it also compares blocks
     whose neurons are louder, wrong wherever one does more with its FFN's output than add it, and the logits, for what
     lies behind a vision tower."""
     if NATIVE in capture.checked or any(type(output) is not nn.Linear for output in capture.stack.outputs):

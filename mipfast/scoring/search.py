@@ -7,9 +7,9 @@ definitions are the ones with a completeness theorem.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import Batch, Labels
 from mipfast.model.patching import frozen_eval, lock_of, unwrapped
+from mipfast.model.remembered import remembered
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.scoring import memory
 from mipfast.scoring.attribution import Attribution, strongest
@@ -95,13 +96,13 @@ def locate(
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
-    call = _Call(model, sites, stack, config, nodes, weights)
     if any(p.is_inference() for p in model.parameters()):
         raise ModelError(
             "the model was made or moved inside torch.inference_mode(), and torch takes no gradient through such "
             "weights: load it outside, or under torch.no_grad()"
         )
     with lock_of(model), torch.inference_mode(False), frozen_eval(model), ExitStack() as faster:
+        call = _Call(model, sites, stack, config, nodes, weights, remembered(model))
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 if not parts:
@@ -189,7 +190,7 @@ Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tens
 
 @dataclass(frozen=True)
 class _Call:
-    """What is the same for every batch of a call; checked: what `plan` has found out about the model."""
+    """What is the same for every batch of a call; known: what is `remembered` of the model."""
 
     model: nn.Module
     sites: Sites
@@ -197,27 +198,34 @@ class _Call:
     config: LocateConfig
     nodes: torch.Tensor
     weights: torch.Tensor
-    checked: set[str] = field(default_factory=set)
+    known: dict[Hashable, Any]
+
+    @property
+    def checked(self) -> set[str]:
+        """What `plan` has found out about the tower."""
+        return self.known.setdefault(("checked", self.stack.name), set())
 
 
 def _check_route(call: _Call, batch: Batch, faster: ExitStack) -> float | None:
     """Enter the faster ways through the model, and leave them where they do not give what plain autograd gives on the
-    batch's first samples. The relative difference; None where it could not be taken. Raises ModelError where the
-    model's own code, replayed, gives something else."""
+    first samples that the model was ever asked about. The relative difference; None where it could not be taken.
+    Raises ModelError where the model's own code, replayed, gives something else."""
     model, config, name = call.model, call.config, type(call.model).__name__
     alpha = float(min(call.nodes, key=lambda node: abs(node - 0.5)))
-    expected = None
+    asked, expected = ("self_check", call.stack.name), None
 
     def objective(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
         return objective_value(logits, labels, config.objective)
 
     assert config.positions is not None
-    with suppress(InputError, torch.OutOfMemoryError):  # the search says what is wrong with the whole batch
-        samples = (model, call.sites, call.stack, *first_samples(model, batch, config.positions))
-        expected = plain_scores(*samples, alpha, objective)
-    faster.enter_context(accelerated(model, call.sites.stacks))
+    if asked not in call.known:
+        with suppress(InputError, torch.OutOfMemoryError):  # the search says what is wrong with the whole batch
+            samples = (model, call.sites, call.stack, *first_samples(model, batch, config.positions))
+            expected = plain_scores(*samples, alpha, objective)
+    if NATIVE not in call.checked:
+        faster.enter_context(accelerated(model, call.sites.stacks, call.known))
     if expected is None or not bool(expected.isfinite().all()):
-        return None
+        return call.known.get(asked)
     wide = expected.element_size() > 2
     with suppress(torch.OutOfMemoryError):
         for native in (False, True):
@@ -229,13 +237,14 @@ def _check_route(call: _Call, batch: Batch, faster: ExitStack) -> float | None:
             found = replayed_scores(captured, alpha, objective, copies)
             off = difference(found, expected, captured.rows.sample)
             if off <= (0.01 if wide else 0.25):  # rounding alone is .1 in bfloat16 after 15 blocks
-                return off
+                break
             wrong = f"{name}: {'native' if native else 'fast'} scores are off by {off:.1%} from plain autograd"
             log.warning("%s%s", wrong, "" if native else "; replaying natively")
-        if wide:  # in 16 bits it may be rounding
-            raise ModelError(f"{wrong}; mipfast does not know how this model runs: please report it")
-        return off
-    return None
+        else:
+            if wide:  # in 16 bits it may be rounding
+                raise ModelError(f"{wrong}; mipfast does not know how this model runs: please report it")
+        call.known[asked] = off
+    return call.known.get(asked)
 
 
 def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool) -> Located:
