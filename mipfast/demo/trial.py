@@ -18,6 +18,7 @@ from mipfast.edit import baselines, unlearn
 from mipfast.edit.baselines import GA, MANU, NPO, RMU, AdaptiveRMU, BaselineConfig, GradDiff, KLMin
 from mipfast.edit.config import MIPConfig, RMisUConfig
 from mipfast.edit.lora import merge_adapter
+from mipfast.edit.misdirect import misdirect
 from mipfast.edit.neuron_path import NeuronPath
 from mipfast.edit.prune import prune
 from mipfast.edit.train import order
@@ -231,10 +232,13 @@ def rmisu(
             lr=setting.lr,
             direction=direction,
             seed=trial.seed if seed is None else seed,
+            progress=trial.progress,
         )
-        report = unlearn.edit(
-            trial.model, path, *trial.edit_batches(sizes, seed), MIPConfig(rmisu=config, progress=trial.progress)
-        )
+        batches = trial.edit_batches(sizes, seed)
+        if path:
+            report = unlearn.edit(trial.model, path, *batches, MIPConfig(rmisu=config, progress=trial.progress))
+        else:
+            report = misdirect(trial.model, path, *batches, config)
         if trainable == "lora":
             merge_adapter(trial.model)
         return path, report

@@ -321,10 +321,10 @@ class _Sums:
             "residuals": torch.tensor(residuals or [[0.0] * scores.shape[1]], dtype=torch.float64).sum(0),
         }
         self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()}
-        before = self.facts.get("report", located.report)["layers_without_gradient"]
-        dead = set(before) & set(located.report["layers_without_gradient"])
+        first = self.facts.get("report", located.report)
+        dead = set(first["layers_without_gradient"]) & set(located.report["layers_without_gradient"])
         per_sample: dict[str, Any] = {name: [] for name in ("residuals", "num_labels", "without_gradient")}
-        report = located.report | per_sample | {"layers_without_gradient": sorted(dead)}
+        report = first | per_sample | {"layers_without_gradient": sorted(dead)}
         samples, chunks = self.facts["samples"] + len(scores), self.facts["chunks"] + 1
         self.facts = {"samples": samples, "chunks": chunks, "report": report}
 
