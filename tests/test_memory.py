@@ -8,7 +8,7 @@ from tiny import image_batch, split, text_batch, tiny_llama, tiny_llava, tiny_qw
 
 import mipfast
 from mipfast.model.sites import find_sites
-from mipfast.scoring import memory, nodes, search
+from mipfast.scoring import memory, nodes, search, wave
 from mipfast.scoring.capture import capture
 
 F64 = torch.float64
@@ -35,13 +35,14 @@ def running_out(monkeypatch, too_much):
     """Every score over more than is allowed raises, as a GPU would."""
     seen = []
     monkeypatch.setattr(search, "_check_route", unchecked_route)
-    for kind in (nodes.ResidualNodes, nodes.HookedNodes):
+    for kind in (nodes.ResidualNodes, nodes.HookedNodes, wave.Wave):
 
-        def score(self, *args, _score=kind.score):
-            seen.append((self.replay.copies, self.replay.capture.num_samples))
+        def score(self, *args, _score=kind.score, **kwargs):
+            capture = self.clean.capture if isinstance(self, wave.Wave) else self.replay.capture
+            seen.append((self.copies, capture.num_samples))
             if too_much(*seen[-1]):
                 raise torch.OutOfMemoryError("out of memory")
-            return _score(self, *args)
+            return _score(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "score", score)
     return seen

@@ -11,7 +11,8 @@ from mipfast.errors import InputError
 from mipfast.model.batch import Batch, find_labels
 from mipfast.model.positions import Positions
 from mipfast.model.sites import find_sites
-from mipfast.scoring.search import locate
+from mipfast.scoring.config import LocateConfig
+from mipfast.scoring.search import choose_stack, locate
 
 
 class NeuronPathIG:
@@ -42,7 +43,7 @@ class NeuronPathIG:
 
     def __init__(self, model: nn.Module, stack: str = "text"):
         self.model = model
-        self._where = {"modality": stack}
+        self._where: dict[str, Any] = {"modality": stack}
         if stack not in ("text", "vision"):
             sites = find_sites(model)
             self._where = {"modality": "text" if sites[stack].name == sites.text.name else "vision", "stack": stack}
@@ -66,8 +67,8 @@ class NeuronPathIG:
                 `objective` says what is made of them.
             n_steps: nodes of the quadrature; four Gauss nodes are the default here.
             method: as in Captum, except that riemann_trapezoid's weights sum to 1.
-            internal_batch_size: rows per replay; where n_steps times n are more, one node runs at a time, with n rows,
-                which is the least.
+            internal_batch_size: rows per pass; where n_steps times n, and in a pointwise search times L, are more, one
+                node of one layer runs at a time, with n rows, which is the least.
             return_convergence_delta: also return the completeness residuals.
             positions: rows that are scaled, as in LocateConfig.
             search: as in LocateConfig.
@@ -90,6 +91,8 @@ class NeuronPathIG:
                 "completeness residual; use combine='sum'"
             )
         rows = n_steps * find_labels(inputs).num_samples
+        if search == "pointwise":
+            rows *= choose_stack(find_sites(self.model), LocateConfig(**self._where)).num_layers
         config: dict[str, Any] = {
             "n_steps": n_steps,
             "method": method,

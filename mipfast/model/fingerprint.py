@@ -28,9 +28,9 @@ def fingerprint(model: Any) -> str:
     """A hash over every byte of every parameter and buffer, its name and dtype, over the config, and over which
     adapters are switched on. Hooks and replaced forwards are not seen.
 
-    It reads all weights where they lie, at some 1 to 2 GB/s a CPU core and at a GPU's bandwidth. One word of 8 bytes that
-    changed is always seen, several at once but for a chance of 2^-33. Raises ModelError for a weight that cannot be
-    read."""
+    It reads all weights where they lie, at some 1 to 2 GB/s a CPU core and at a GPU's bandwidth. One word of 8 bytes
+    that changed is always seen, several at once but for a chance of 2^-33. Raises ModelError for a weight that cannot
+    be read."""
     model = unwrapped(model)
     if id(model) in _known.get():
         return _known.get()[id(model)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -28,32 +28,42 @@ _corrections: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary
 def copies_that_fit(captured: Capture, budget: Any) -> int:
     """How many copies of the batch one replay may hold in `budget` bytes, "auto" for most of what is free; 0 where not
     even one does."""
-    if budget == "auto":
-        budget = USED * _free(captured.rows.index.device)
+    return int(min(room(captured, budget) / kept(captured), 2**31))
+
+
+def room(captured: Capture, budget: Any) -> float:
+    """Bytes that a replay may keep."""
+    return USED * _free(captured.rows.index.device) if budget == "auto" else budget
+
+
+def kept(captured: Capture, first: int = 0) -> float:
+    """Bytes that a replay keeps of one copy that runs from block `first` on."""
     correction = _corrections.get(captured.model, {}).get(captured.stack.name, 1.0)
-    return int(min(budget / (correction * _modelled(captured) + _logits(captured)), 2**31))
+    return correction * _modelled(captured, first) + _logits(captured)
 
 
 @contextmanager
-def measured(captured: Capture, copies: int) -> Iterator[None]:
-    """Correct the model of bytes by what autograd keeps of `copies` in here; once per model and tower."""
+def measured(captured: Capture, copies: Iterable[int]) -> Iterator[None]:
+    """Correct the model of bytes by what autograd keeps in here of copies that run from these blocks on; once per model
+    and tower."""
     known = _corrections.setdefault(captured.model, {})
     if captured.stack.name in known:
         yield
         return
     weights = {p.untyped_storage().data_ptr() for p in captured.model.parameters()}
-    kept: dict[int, int] = {}
+    stored: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        stored[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
-    total = sum(size for address, size in kept.items() if address not in weights)
-    if total:  # 0 at alpha = 1, which reuses the clean run's gradient and saves no tensors
-        known[captured.stack.name] = total / (copies * _modelled(captured))
+    total = sum(size for address, size in stored.items() if address not in weights)
+    modelled = sum(_modelled(captured, first) for first in copies)
+    if total and modelled:  # 0 at alpha = 1, which reuses the clean run's gradient and saves no tensors
+        known[captured.stack.name] = total / modelled
 
 
 def halves(batch: Batch, config: Any) -> list[Batch]:
@@ -100,20 +110,20 @@ def _free(device: torch.device) -> float:
     return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
 
 
-def _modelled(captured: Capture) -> int:
-    """What autograd keeps of one copy: about 8 hidden-wide and 3 FFN-wide tensors per token and block (2 of a gated
-    FFN by `ffn`), of the stack and, behind a vision tower, of the language model."""
+def _modelled(captured: Capture, first: int = 0) -> int:
+    """What autograd keeps of one copy from block `first` on: about 8 hidden-wide and 3 FFN-wide tensors per token and
+    block (2 of a gated FFN by `ffn`), of the stack and, behind a vision tower, of the language model."""
 
-    def kept(blocks: int, tokens: int, hidden: int, neurons: int) -> int:
+    def tensors(blocks: int, tokens: int, hidden: int, neurons: int) -> int:
         return blocks * tokens * (8 * hidden + 3 * neurons) * captured.outputs[0].element_size()
 
     stack, language = captured.stack, cast(Any, captured.decoder.config)
     suffix = captured.num_samples * (captured.stop - captured.start)
     if captured.entry is captured.decoder:
-        return kept(stack.num_layers, suffix, captured.outputs[0].shape[-1], stack.num_neurons)
-    own = kept(stack.num_layers, captured.tokens, captured.outputs[0].shape[-1], stack.num_neurons)
+        return tensors(stack.num_layers - first, suffix, captured.outputs[0].shape[-1], stack.num_neurons)
+    own = tensors(stack.num_layers - first, captured.tokens, captured.outputs[0].shape[-1], stack.num_neurons)
     neurons = getattr(language, "intermediate_size", 4 * language.hidden_size)
-    return own + kept(language.num_hidden_layers, suffix, language.hidden_size, neurons)
+    return own + tensors(language.num_hidden_layers, suffix, language.hidden_size, neurons)
 
 
 def _logits(captured: Capture) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from mipfast import ops
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.plan import plan
-from mipfast.scoring.replay import Replay, repeated
+from mipfast.scoring.replay import Replay
 
 log = logging.getLogger("mipfast")
 Result = TypeVar("Result")
@@ -31,17 +30,16 @@ def make_node_groups(
     nodes: torch.Tensor,
     weights: torch.Tensor,
     steps: int,
-    independent: bool,
     measure: bool,
     value_of: Objective,
 ) -> tuple[list[NodeGroup], ZeroNode | None]:
     """(the quadrature's nodes in groups of at most `steps` copies, the node at zero that completeness needs, if it is
-    to be measured). independent: no layer's neurons stay scaled when the next one is scored.
+    to be measured).
 
     Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
     unit = nodes == 1
-    route, clean = plan(captured, clean_states=independent or bool(unit.any()))
-    kind: Any = (partial(IndependentNodes, clean) if independent else ResidualNodes) if clean else HookedNodes
+    route, clean = plan(captured, clean_states=bool(unit.any()))
+    kind = ResidualNodes if clean else HookedNodes
     node_groups: list[NodeGroup] = []
     scaled = torch.ones_like(nodes, dtype=torch.bool)
     if clean and bool(unit.any()):
@@ -57,16 +55,16 @@ def make_node_groups(
     return node_groups, ZeroNode(kind(Replay(route, 1), zero, zero, carry=False)) if measure else None
 
 
-def with_oom_halving(node_groups: list[NodeGroup], work: Callable[[Any], Result]) -> Iterator[tuple[Any, Result]]:
-    """work(group) of every group. One that runs out of memory is replaced in the list by its halves, where it stands.
-    Raises torch.OutOfMemoryError where a single copy does."""
+def with_oom_halving(node_groups: list[Any], work: Callable[[Any], Result]) -> Iterator[tuple[Any, Result]]:
+    """work(group) of every NodeGroup or Wave. One that runs out of memory is replaced in the list by its halves, where
+    it stands. Raises torch.OutOfMemoryError where a single copy does."""
     i = 0
     while i < len(node_groups):
         group = node_groups[i]
         try:
             result = work(group)
         except torch.OutOfMemoryError:
-            if group.replay.copies == 1:
+            if group.copies == 1:
                 raise
         else:
             yield group, result
@@ -74,7 +72,7 @@ def with_oom_halving(node_groups: list[NodeGroup], work: Callable[[Any], Result]
             continue
         # outside `except`: while the exception is alive, its traceback keeps the tensors in memory
         node_groups[i : i + 1] = group.halves()
-        log.warning("out of memory: going on with %d of %d copies", node_groups[i].replay.copies, group.replay.copies)
+        log.warning("out of memory: going on with %d of %d copies", node_groups[i].copies, group.copies)
 
 
 class NodeGroup:
@@ -83,6 +81,10 @@ class NodeGroup:
     def __init__(self, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
         device = replay.capture.rows.index.device  # once, not per layer: a copy to a GPU waits for it
         self.replay, self.alphas, self.weights, self.carry = replay, alphas.to(device), weights.to(device), carry
+
+    @property
+    def copies(self) -> int:
+        return self.replay.copies
 
     def halves(self) -> list[NodeGroup]:
         """The same nodes in two groups."""
@@ -137,7 +139,7 @@ class HookedNodes(NodeGroup):
         moving = self._moving()
         with torch.enable_grad():
             value = value_of(self.replay.run(leaf))
-            grad, *state_grads = _gradients(value, [leaf, *(state for state, _ in moving)])
+            grad, *state_grads = gradients_of(value, [leaf, *(state for state, _ in moving)])
         return grad, self._along(state_grads, [tangent for _, tangent in moving], value)
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
@@ -160,7 +162,7 @@ class ResidualNodes(NodeGroup):
             self.replay.push(state, None)
             value = value_of(self.replay.run())
             self.replay.drop()
-            grad, *state_grads = _gradients(value, [state, *(s for s, _ in earlier)])
+            grad, *state_grads = gradients_of(value, [state, *(s for s, _ in earlier)])
         tangents = [tangent for _, tangent in earlier]
         if self._d_output is not None:
             state_grads, tangents = [grad, *state_grads], [self._d_output, *tangents]
@@ -175,7 +177,7 @@ class ResidualNodes(NodeGroup):
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         weight = self._weight()
-        assert path is not None  # only IndependentNodes and CleanNode are given None, and both override this
+        assert path is not None  # a joint search without a path has HookedNodes
         state = self.replay.add_rows(
             self._output, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
         )
@@ -201,25 +203,6 @@ class ResidualNodes(NodeGroup):
 
     def _weight(self) -> torch.Tensor:
         return self.replay.capture.stack.outputs[len(self.replay.states)].weight
-
-
-class IndependentNodes(ResidualNodes):
-    """Where every layer is scored by itself: the states are the clean run's, and so is a block's
-    output at its baseline."""
-
-    def __init__(self, clean: Replay, replay: Replay, alphas: torch.Tensor, weights: torch.Tensor, carry: bool):
-        super().__init__(replay, alphas, weights, carry)
-        self._clean = clean
-
-    def baseline_output(self) -> torch.Tensor:
-        self._output, self._d_output = self._tiled(self._clean.baseline_outputs), None
-        return self._output
-
-    def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
-        self.replay.push(self._tiled(self._clean.states), None)
-
-    def _tiled(self, of_layers: list[torch.Tensor]) -> torch.Tensor:
-        return repeated(of_layers[len(self.replay.states)], self.replay.copies)
 
 
 class CleanNode(ResidualNodes):
@@ -250,7 +233,8 @@ class CleanNode(ResidualNodes):
         return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
-        self.replay.push(self._output, None if path is None else self._tangent(act, path))
+        assert path is not None
+        self.replay.push(self._output, self._tangent(act, path))
 
 
 class ZeroNode:
@@ -268,16 +252,17 @@ class ZeroNode:
 
     def values(self, copies: int, value_of: Objective) -> torch.Tensor:
         """F [L,n] with each layer at its baseline, up to copies of them in one pass."""
-        replay, values = self._group.replay, []
-        for first in range(0, len(self._starts), copies):
-            starts = self._starts[first : first + copies]
-            with torch.no_grad():
-                logits = Replay(replay.capture, len(starts)).staggered(replay.states[: first + len(starts)], starts)
-            values.append(value_of(logits).view(len(starts), -1))
-        return torch.cat(values)
+        return staggered_values(self._group.replay, self._starts, copies, value_of)
 
 
-def _gradients(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+def staggered_values(clean: Replay, starts: list[torch.Tensor], copies: int, value_of: Objective) -> torch.Tensor:
+    """F [L,n] of a copy that leaves `clean` at each block with its start, up to copies of them in one pass."""
+    with torch.no_grad():
+        passes = [clean.staggered(i, starts[i : i + copies]) for i in range(0, len(starts), copies)]
+        return torch.cat([value_of(logits).view(-1, clean.capture.num_samples) for logits in passes])
+
+
+def gradients_of(value: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """d value.sum() / d input; None for an input that value does not depend on."""
     if not value.requires_grad:
         return [None] * len(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def plan(capture: Capture, clean_states: bool) -> tuple[Capture, Replay | None]:
         clean = Replay(candidate, 1)
         try:
             with torch.no_grad():
-                exact = all(_block_is_additive(clean, layer) for layer in range(layers)) and _clean_logits_match(clean)
+                exact = clean.walk(layers, partial(_block_is_additive, clean)) and _clean_logits_match(clean)
         except Exception as error:  # a family whose glue cannot run on a suffix says so in its own words
             log.debug("%s cannot be replayed from a suffix: %s", type(capture.model).__name__, error)
             exact = False

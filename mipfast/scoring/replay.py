@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,7 +37,8 @@ class Replay:
     """m copies of the captured batch, with the states of the blocks the path has advanced over.
 
     baseline_outputs[l] is block l's output with its neurons at their baseline, where `plan` went over it; tangents[l]
-    is d state[l] / d alpha along the path, for the completeness residual; None where not carried."""
+    is d state[l] / d alpha along the path, for the completeness residual; None where not carried. sizes[l]: of the
+    tensors that block l was called with."""
 
     def __init__(self, capture: Capture, copies: int):
         self.capture, self.copies = capture, copies
@@ -47,6 +48,7 @@ class Replay:
         self.states: list[torch.Tensor] = []
         self.baseline_outputs: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
+        self.sizes: dict[int, Any] = {}
         self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
 
     def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,25 +62,35 @@ class Replay:
                 patches.enter_context(self._last_block_at_labels())
             return self._entered()
 
-    def staggered(self, states: list[torch.Tensor], starts: list[torch.Tensor]) -> torch.Tensor:
-        """Logits [m·n,q,V] of copies that leave one run of the blocks, states of a single copy, at the m last of them:
-        the j-th of these blocks returned starts[j] to copy j, and all that follow are copy j's own."""
-        first = len(states) - len(starts)
-        self.states = [repeated(state, self.copies) for state in states[:first]]
-        self.states.append(torch.cat([starts[0], *[states[first]] * (self.copies - 1)]))
+    def staggered(self, first: int, starts: list[torch.Tensor]) -> torch.Tensor:
+        """Logits [m·n,q,V] of m copies that leave this one, which is past all blocks concerned, at different ones:
+        starts[j] is what block first + j returned to the next of them. From there on they run together, so that every
+        block is read once; before it they are this copy."""
+        leaving = [len(start) // len(state) for start, state in zip(starts, self.states[first:], strict=False)]
+        wave = Replay(self.capture, sum(leaving))
+        wave.states = [*self.states[:first], torch.cat([starts[0], *[self.states[first]] * sum(leaving[1:])])]
         with ExitStack() as patches:
-            for j, block in enumerate(self.capture.stack.blocks[first + 1 : len(states)], 1):
+            for j, start in enumerate(starts[1:], 1):
+                layer, running = first + j, sum(leaving[:j])
+                block, waiting = self.capture.stack.blocks[layer], [self.states[layer]] * sum(leaving[j + 1 :])
 
-                def leave(*args: Any, _native: Any = block.forward, _j: int = j, **kwargs: Any) -> Any:
+                def joined(
+                    *args: Any,
+                    _native: Any = block.forward,
+                    _running: tuple[int, Any] = (running, self.sizes[layer]),
+                    _others: list[torch.Tensor] = [start, *waiting],  # noqa: B006 (never written to)
+                    **kwargs: Any,
+                ) -> Any:
+                    call = _state_first(args, kwargs)
+                    args, kwargs = _first_copies(call, _running[1], _running[0], wave.copies)
                     output = _native(*args, **kwargs)
                     state = output[0] if isinstance(output, tuple) else output
-                    gone = state.view(-1, *starts[_j].shape[1:])[: len(starts[_j]) * _j]
-                    waiting = [states[first + _j]] * (self.copies - 1 - _j)
-                    return self._output(torch.cat([gone, starts[_j], *waiting]), state)
+                    state = torch.cat([state.reshape(-1, *_others[0].shape[1:]), *_others])
+                    return wave._output(state, call[0][0])
 
                 # not a hook: transformers' own output-recording hook would run first and see the unmodified output
-                patches.enter_context(replaced_forward(block, leave))
-            return self.run()
+                patches.enter_context(replaced_forward(block, joined))
+            return wave.run()
 
     def clean_gradients(
         self, objective: Callable[[torch.Tensor], torch.Tensor]
@@ -193,33 +205,65 @@ class Replay:
             patches.enter_context(label_states(capture.model, capture.labels))
             return capture.model(**without_labels(capture.batch), use_cache=False).logits
 
+    def walk(self, layers: int, past: Callable[[int], bool]) -> bool:
+        """past(layer), which takes the block into the states, for the first blocks in one run of the model, up to one
+        that returns False; whether none did. From elsewhere every block is a run of the model up to there."""
+        going = True
+        with torch.no_grad(), ExitStack() as patches:
+            for layer, block in enumerate(self.capture.stack.blocks[:layers]):
+
+                def stop_at(*args: Any, _layer: int = layer, _native: Any = block.forward, **kwargs: Any) -> Any:
+                    nonlocal going
+                    block = self.capture.stack.blocks[_layer]
+                    self._keep_call(block, args, kwargs)
+                    with replaced_forward(block, _native):
+                        going = past(_layer)
+                    if not going or _layer + 1 == layers:
+                        raise _Reached
+                    return self._output(self.states[-1], _state_first(args, kwargs)[0][0])
+
+                patches.enter_context(replaced_forward(block, stop_at))
+            with suppress(_Reached):
+                self._entered()
+        return going
+
+    def block_output(self, values: torch.Tensor) -> torch.Tensor:
+        """Output of the next block, its neurons overwritten by values [m,R,F]."""
+        return self._by_copy(self._called(self._arguments(), values))
+
     def _block(self, values: torch.Tensor, tangent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output, its derivative by alpha) of the next block, without gradient."""
-        layer = len(self.states)
-        block = self.capture.stack.blocks[layer]
-        if self._call[0] != layer:
-            self._reach(block)
+        (hidden, *args), kwargs = self._arguments()
+        with torch.no_grad(), ExitStack() as patches:
+            if tangent is None:
+                return self._called(((hidden, *args), kwargs), values).detach().clone(), None
+            patches.enter_context(_forward_mode())
+            values = forward_ad.make_dual(values, tangent)
+            if self.tangents and self.tangents[-1] is not None:
+                hidden = forward_ad.make_dual(hidden, self.tangents[-1].view_as(hidden))
+            state, moved = forward_ad.unpack_dual(self._called(((hidden, *args), kwargs), values))
+            return state.detach().clone(), torch.zeros_like(state) if moved is None else moved.detach().clone()
+
+    def _arguments(self) -> tuple[tuple, dict]:
+        """The next block's, the state in front."""
+        if self._call[0] != len(self.states):
+            self._reach(self.capture.stack.blocks[len(self.states)])
         _, (hidden, *args), kwargs, came_from = self._call
         if came_from is not None and came_from is not self.states[-1]:
             # This call was recorded with the block before at another alpha. Code between two blocks only adds to the
             # state, so add the difference.
             hidden = self.states[-1] if hidden is came_from else hidden + (self.states[-1] - came_from).view_as(hidden)
-        hidden = hidden.detach()
-        with torch.no_grad(), ExitStack() as patches:
+        return (hidden.detach(), *args), kwargs
+
+    def _called(self, call: tuple[tuple, dict], values: torch.Tensor) -> torch.Tensor:
+        """The next block's state from its arguments, its neurons overwritten."""
+        layer, (args, kwargs) = len(self.states), call
+        with ExitStack() as patches:
             if self.capture.prefix:
                 patches.enter_context(attending(self.capture.decoder, self.capture.prefix))
-            if tangent is not None:
-                patches.enter_context(_forward_mode())
-                values = forward_ad.make_dual(values, tangent)
-                if layer and self.tangents[-1] is not None:
-                    hidden = forward_ad.make_dual(hidden, self.tangents[-1].view_as(hidden))
             patches.enter_context(self._overwritten(layer, values))
-            output = block.forward(hidden, *args, **kwargs)
-            state = output[0] if isinstance(output, tuple) else output
-            if tangent is None:
-                return state.detach().clone(), None
-            state, moved = forward_ad.unpack_dual(state)
-            return state.detach().clone(), torch.zeros_like(state) if moved is None else moved.detach().clone()
+            output = self.capture.stack.blocks[layer].forward(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     def _cut_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args or self.capture.prefix is None:
@@ -233,14 +277,13 @@ class Replay:
             self._keep_call(module, args, kwargs)
             raise _Reached
 
-        with torch.no_grad(), block.register_forward_pre_hook(stop, with_kwargs=True):
-            try:
-                self._entered()
-            except _Reached:
-                pass
+        with torch.no_grad(), block.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
+            self._entered()
 
     def _keep_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._call = (len(self.states), *_state_first(args, kwargs), self.states[-1] if self.states else None)
+        call = _state_first(args, kwargs)
+        self._call = (len(self.states), *call, self.states[-1] if self.states else None)
+        self.sizes[len(self.states)] = _sizes(call)
 
     @contextmanager
     def _last_block_at_labels(self) -> Iterator[None]:
@@ -250,10 +293,12 @@ class Replay:
 
         def at_labels(hidden: torch.Tensor, *others: Any, native: Any) -> torch.Tensor:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            if len(rows) != tokens or others:  # Bloom's FFN is also given what it is added to
+            running, rest = divmod(len(rows) * self.copies, tokens)  # fewer than all where some have yet to leave
+            if rest or running > self.copies or others:  # Bloom's FFN is also given what it is added to
                 return native(hidden, *others)
-            output = native(rows[None, index])[0]
-            return output.new_zeros(tokens, output.shape[-1]).index_copy(0, index, output).view(*hidden.shape[:-1], -1)
+            at = index[: len(index) // self.copies * running]
+            output = native(rows[None, at])[0]
+            return output.new_zeros(len(rows), output.shape[-1]).index_copy(0, at, output).view(*hidden.shape[:-1], -1)
 
         with ExitStack() as patches:
             if len(index) < tokens:
@@ -274,6 +319,8 @@ class Replay:
         return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
 
     def _output(self, state: torch.Tensor, like: torch.Tensor) -> Any:
+        if state.numel() < like.numel():
+            state = repeated(state, self.copies)
         state = state if state.shape == like.shape else state.view_as(like)
         if any(name in self._kwargs for name in families.DEEPSTACK):
             state = state.clone()  # transformers 4's deepstack adds to it in place, and would corrupt the kept state
@@ -315,6 +362,30 @@ class _Reached(Exception):
 def repeated(state: torch.Tensor, copies: int) -> torch.Tensor:
     """The states of one copy, repeated."""
     return state.repeat(copies, *[1] * (state.ndim - 1))
+
+
+def _sizes(value: Any) -> Any:
+    """The sizes of every tensor in a block's arguments."""
+    if isinstance(value, dict):
+        return {key: _sizes(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sizes(item) for item in value]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _first_copies(value: Any, of_one: Any, copies: int, total: int) -> Any:
+    """The first copies' part of a block's arguments of `total` copies, told by the sizes of one copy's: what grows with
+    the copies is divided among them, and so are fences around sequences, of which there is one more."""
+    if isinstance(value, dict):
+        return {key: _first_copies(item, of_one[key], copies, total) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_first_copies(item, one, copies, total) for item, one in zip(value, of_one, strict=True))
+    if isinstance(value, torch.Tensor):
+        for dim, one in enumerate(of_one):
+            if value.shape[dim] != one:
+                fence = value.shape[dim] != total * one
+                value = value.narrow(dim, 0, copies * (one - fence) + fence)
+    return value
 
 
 def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:

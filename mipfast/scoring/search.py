@@ -29,9 +29,10 @@ from mipfast.scoring.attribution import Attribution, strongest
 from mipfast.scoring.capture import NATIVE, Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
-from mipfast.scoring.nodes import NodeGroup, Sums, make_node_groups, with_oom_halving
+from mipfast.scoring.nodes import NodeGroup, Objective, Sums, make_node_groups, with_oom_halving
 from mipfast.scoring.plan import plan
 from mipfast.scoring.self_check import difference, first_samples, plain_scores, replayed_scores
+from mipfast.scoring.wave import CleanRun
 
 log = logging.getLogger("mipfast")
 
@@ -89,7 +90,7 @@ def locate(
     config = configured(LocateConfig, config, overrides).resolved()
     nodes, weights = config.rule()
     sites = find_sites(model)
-    stack = _choose_stack(sites, config)
+    stack = choose_stack(sites, config)
     model = unwrapped(model)
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
@@ -171,7 +172,8 @@ def _counterfactuals(
     return others
 
 
-def _choose_stack(sites: Sites, config: LocateConfig) -> Stack:
+def choose_stack(sites: Sites, config: LocateConfig) -> Stack:
+    """The stack that a config is about. Raises InputError where the model has none."""
     if config.stack is not None:
         return sites[config.stack]
     if config.modality == "text":
@@ -256,17 +258,17 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
         captured = capture(call.model, call.sites, call.stack, batch, config.positions, call.checked)
         if others:
             captured = with_baseline(captured, call.sites, others, config.positions)
-        steps = min(len(call.nodes), memory.copies_that_fit(captured, config.memory_budget))
-        if steps or captured.num_samples == 1:
+        fitting = memory.copies_that_fit(captured, config.memory_budget)
+        if fitting or captured.num_samples == 1:
             search = partial(_search if config.combine == "sum" else _joint, captured, config, call.nodes, call.weights)
             try:
-                return search(max(steps, 1), measure)
+                return search(max(fitting, 1), measure)
             except NotImplementedError as error:  # an autograd.Function without a forward derivative: Bloom's GELU
                 lacks = f"{type(call.model).__name__} has no forward-mode derivative"
                 if config.combine != "sum":
                     raise ModelError(f"{lacks}, which combine={config.combine!r} needs; use combine='sum'") from error
                 log.warning("%s, so no residuals", lacks)
-                return search(max(steps, 1), False)
+                return search(max(fitting, 1), False)
     except torch.OutOfMemoryError as error:
         if len(batch["labels"]) == 1:
             raise InputError(
@@ -286,10 +288,10 @@ def _concatenated(parts: list[Located]) -> Located:
 
 
 def _joint(
-    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool
+    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, fitting: int, measure: bool
 ) -> Located:
     """Joint scores, NeuronPath's or the released code's, which have no completeness to measure."""
-    released = config.combine == "released"
+    released, steps = config.combine == "released", min(len(nodes), fitting)
     if released and config.modality == "vision":
         scores, path = released_vision(captured, len(nodes), config.top_k)
     else:
@@ -308,50 +310,74 @@ def _joint(
 
 
 def _search(
-    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, steps: int, measure: bool
+    captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, fitting: int, measure: bool
 ) -> Located:
-    """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
+    """Layer by layer along the path, or of all layers at once where there is none."""
     n, device = captured.num_samples, captured.rows.sample.device
     groups = captured.rows.groups(n)
     counts = torch.bincount(captured.rows.sample, minlength=n)  # rows are sorted by sample
+    scores, paths, totals = [], [], []
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective_value(logits, captured.labels, config.objective)
 
-    independent = config.search != "greedy"
-    node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, independent, measure, value_of)
     full = value_of(captured.logits)
 
-    def scored(group: NodeGroup, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
-        with memory.measured(captured, group.replay.copies):
-            return group.score(act, groups, value_of)
+    def zeros(layer: int) -> Sums:
+        size = n, captured.activations[layer].shape[1]
+        return torch.zeros(size, dtype=full.dtype, device=device), torch.zeros(size, dtype=full.dtype, device=device)
 
-    scores, paths, totals = [], [], []
-    for layer, act in enumerate(captured.activations):
-        s1 = torch.zeros(n, act.shape[1], dtype=full.dtype, device=device)
-        s2, carried = torch.zeros_like(s1), torch.zeros_like(full)
-        for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
-            carried += group.weights.to(carried) @ along_path
-            if part is not None:
-                for total, new in zip((s1, s2), part, strict=True):
-                    total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
-        totals.append(s1.sum(1) + carried)
+    def add(sums: Sums, part: Sums) -> None:
+        for total, new in zip(sums, part, strict=True):
+            total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
+
+    def scored(layer: int, sums: Sums, along_path: torch.Tensor | float) -> torch.Tensor:
+        """Takes a layer's scores; its path."""
+        s1, s2 = sums
         score = s1 if config.score == "igi" else s2
-        path = strongest(score, config.top_k, f"{captured.stack.name} layer {layer}", act.dtype)
+        name, dtype = f"{captured.stack.name} layer {layer}", captured.activations[layer].dtype
+        path = strongest(score, config.top_k, name, dtype)
         # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
         path[((s1 == 0) & (s2 == 0)).all(1)] = -1
+        totals.append(s1.sum(1) + along_path)
         scores.append(score.float())
         paths.append(path)
-        path_of_rows = None if independent else path[captured.rows.sample]  # [R,k], the neurons that stay scaled
-        if zero_node:
-            zero_node.advance(act, path_of_rows)
-        if layer + 1 < captured.stack.num_layers:
-            for group in node_groups:
-                group.advance(act, path_of_rows)
+        return path
+
+    if config.search == "greedy":
+        steps = min(len(nodes), fitting)
+        node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, measure, value_of)
+        for layer, act in enumerate(captured.activations):
+            sums, carried = zeros(layer), torch.zeros_like(full)
+            for group, (part, along_path) in with_oom_halving(node_groups, partial(_score, act, groups, value_of)):
+                carried += group.weights.to(carried) @ along_path
+                if part is not None:
+                    add(sums, part)
+            path_of_rows = scored(layer, sums, carried)[captured.rows.sample]  # [R,k], the neurons that stay scaled
+            if zero_node:
+                zero_node.advance(act, path_of_rows)
+            if layer + 1 < captured.stack.num_layers:
+                for group in node_groups:
+                    group.advance(act, path_of_rows)
+        at_zero = zero_node.values(fitting, value_of) if zero_node else None
+    else:
+        clean, every = CleanRun(captured), [zeros(layer) for layer in range(captured.stack.num_layers)]
+        for layer, part in clean.pointwise(nodes, weights, config.memory_budget, value_of, groups):
+            add(every[layer], part)
+        for layer, sums in enumerate(every):
+            scored(layer, sums, 0)
+        at_zero = clean.baseline_values(fitting, value_of) if measure else None
     residuals: list[Any] = [None] * n
-    if zero_node:
-        change = full - zero_node.values(steps, value_of)
+    if at_zero is not None:
+        change = full - at_zero
         off = (torch.stack(totals) - change).abs()
         residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
     counted = captured.labels.mask.sum(1).cpu()
     return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted
+
+
+def _score(
+    act: torch.Tensor, groups: int | None, value_of: Objective, group: NodeGroup
+) -> tuple[Sums | None, torch.Tensor]:
+    with memory.measured(group.replay.capture, [0] * group.copies):
+        return group.score(act, groups, value_of)
