@@ -8,6 +8,7 @@ from mipfast.scoring.replay import Replay, repeated
 
 def layer_by_layer(clean, nodes, weights, budget, value_of, groups):
     """In the place of CleanRun.pointwise."""
+    clean.run()
     capture, at_one = clean.capture, nodes == 1
     steps = max(1, min(len(nodes), memory.copies_that_fit(capture, budget)))
     if clean.additive and bool(at_one.any()):

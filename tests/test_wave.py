@@ -97,6 +97,7 @@ def captured(modality, samples=2):
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_waves_keep_to_the_budget_and_leave_nothing_out(modality):
     clean = wave.CleanRun(captured(modality)[2])
+    clean.run()
     layers, nodes, weights = clean.capture.stack.num_layers, torch.linspace(0, 0.9, 5), torch.arange(5.0)
     whole = sum(5 * memory.kept(clean.capture, layer + 1) for layer in range(layers))
     counts = []

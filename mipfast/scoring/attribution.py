@@ -63,12 +63,13 @@ class Attribution:
         return cls(tensors["scores"], tensors["path"], report)
 
 
-def strongest(score: torch.Tensor, top_k: int, layer: str, dtype: torch.dtype) -> torch.Tensor:
-    """The neurons [n,k] of the largest scores [n,F] of a layer, descending, ties to the lowest index. Raises
-    DivergedError where a score is not finite; dtype: of the activations that it came from."""
-    if not bool(score.isfinite().all()):
-        raise DivergedError(f"scores of {layer} are not finite; try a wider dtype than {dtype}")
-    return score.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+def strongest(score: torch.Tensor, top_k: int, stack: str, first: int, dtype: torch.dtype) -> torch.Tensor:
+    """The neurons [n,L,k] of the largest scores [n,L,F] of layers `first` and on, descending, ties to the lowest index.
+    Raises DivergedError where a score is not finite; dtype: of the activations that it came from."""
+    if not bool((finite := score.isfinite()).all()):
+        layer = first + int((~finite).any(2).any(0).int().argmax())
+        raise DivergedError(f"scores of {stack} layer {layer} are not finite; try a wider dtype than {dtype}")
+    return score.sort(dim=2, descending=True, stable=True).indices[..., :top_k]
 
 
 def per_label(attribution: Attribution) -> torch.Tensor:

@@ -157,7 +157,9 @@ def _capture(
             else "some blocks did not run (do any attend to pictures?)"
         )
         raise InputError(f"{len(activations)} of {stack.num_layers} blocks of {stack.name} ran once: {hint}")
-    for layer, act in enumerate(activations):
+    # a sum is not finite if a summand is not, so that one look tells of all layers; it may be so of large summands too
+    sums = [act.sum(dtype=torch.promote_types(act.dtype, torch.float32)) for act in activations]
+    for layer, act in enumerate([] if bool(torch.stack(sums).isfinite().all()) else activations):
         if not bool(act.isfinite().all()):
             bad = sorted(set(seen["rows"].sample[~act.isfinite().all(1)].tolist()))
             raise DivergedError(

@@ -60,7 +60,7 @@ def joint_search(
         score = (gradient + carried[:, None]) * (wide + entered[:, None])
         if released:
             score = score / sum(map(len, nodes))
-        path = strongest(score, top_k, f"{captured.stack.name} layer {layer}", act.dtype)
+        path = strongest(score[:, None], top_k, captured.stack.name, layer, act.dtype)[:, 0]
         dead = ((gradient + carried[:, None]) == 0).all(1) if has_gradient else torch.ones_like(carried).bool()
         score, path = score.masked_fill(dead[:, None], 0), path.masked_fill(dead[:, None], -1)
         scores.append(score)
@@ -94,7 +94,7 @@ def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
     scores, paths = [], []
     for layer, act in enumerate(map(_wide, captured.activations)):
         scores.append((n_steps - 1) * (layer + 1) * (act + entered[:, None]) / n_steps)
-        paths.append(strongest(scores[-1], top_k, f"{captured.stack.name} layer {layer}", act.dtype))
+        paths.append(strongest(scores[-1][:, None], top_k, captured.stack.name, layer, act.dtype)[:, 0])
         entered = entered + act.gather(1, paths[-1][:, -1:])[:, 0]
     return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu()
 

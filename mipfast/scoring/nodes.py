@@ -257,8 +257,9 @@ class ZeroNode:
 
 def staggered_values(clean: Replay, starts: list[torch.Tensor], copies: int, value_of: Objective) -> torch.Tensor:
     """F [L,n] of a copy that leaves `clean` at each block with its start, up to copies of them in one pass."""
+    every = range(len(starts))
     with torch.no_grad():
-        passes = [clean.staggered(i, starts[i : i + copies]) for i in range(0, len(starts), copies)]
+        passes = [clean.staggered(every[i : i + copies], 1, starts.__getitem__) for i in every[::copies]]
         return torch.cat([value_of(logits).view(-1, clean.capture.num_samples) for logits in passes])
 
 

@@ -113,7 +113,8 @@ def _attend(
     n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]
     m, group = rows // n, heads // shared
     scaling = scaling if scaling is not None else width**-0.5
-    mask = mask.repeat(m if len(mask) > 1 else 1, 1, 1, 1)  # [rows or 1,1,S',S]
+    if len(mask) > 1:
+        mask = mask.repeat(m, 1, 1, 1)  # [rows,1,S',S]
     before = clean_key.shape[2] if clean_key is not None else 0
     if softcap is None and before <= length and length >= TORCH_FROM:
         # a prefix no longer than the suffix may be copied: torch's fused attention keeps no [S',S] weights
@@ -138,7 +139,8 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    weights = scores.softmax(-1, dtype=wide).to(value.dtype)
     split = scores.shape[-1] - key.shape[2]
     out = weights[..., split:].flatten(2, 3) @ value
     out = out.view(rows, shared, group, length, -1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -58,39 +58,74 @@ class Replay:
         with ExitStack() as patches:
             if values is not None:
                 patches.enter_context(self._overwritten(layer, values))
-            if values is None or stack.blocks[layer] is not self.capture.last_block:
-                patches.enter_context(self._last_block_at_labels())
-            return self._entered()
+            return self._run(at_labels=values is None or stack.blocks[layer] is not self.capture.last_block)
 
-    def staggered(self, first: int, starts: list[torch.Tensor]) -> torch.Tensor:
-        """Logits [m·n,q,V] of m copies that leave this one, which is past all blocks concerned, at different ones:
-        starts[j] is what block first + j returned to the next of them. From there on they run together, so that every
-        block is read once; before it they are this copy."""
-        leaving = [len(start) // len(state) for start, state in zip(starts, self.states[first:], strict=False)]
-        wave = Replay(self.capture, sum(leaving))
-        wave.states = [*self.states[:first], torch.cat([starts[0], *[self.states[first]] * sum(leaving[1:])])]
+    def staggered(
+        self,
+        layers: range,
+        copies: int,
+        start_of: Callable[[int], torch.Tensor],
+        ride: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Logits [m·n,q,V] of m copies that leave this single one at block after block, `copies` of them at each of
+        these layers: start_of(layer) is what its block returns to them. From there on they run together, so that every
+        block is read once; before it they are this copy, which is past all these blocks. Or it gets there on the way:
+        with ride it runs along through all blocks, and ride(layer, output with the neurons at their baseline) is to
+        take it past each. That asks for `sizes`, see `measure_calls`."""
+        blocks, own = self.capture.stack.blocks, 1 if ride else 0
+        wave = Replay(self.capture, own + copies * len(layers))
+        wave.states = self.states[: layers.start]
         with ExitStack() as patches:
-            for j, start in enumerate(starts[1:], 1):
-                layer, running = first + j, sum(leaving[:j])
-                block, waiting = self.capture.stack.blocks[layer], [self.states[layer]] * sum(leaving[j + 1 :])
-
-                def joined(
-                    *args: Any,
-                    _native: Any = block.forward,
-                    _running: tuple[int, Any] = (running, self.sizes[layer]),
-                    _others: list[torch.Tensor] = [start, *waiting],  # noqa: B006 (never written to)
-                    **kwargs: Any,
-                ) -> Any:
-                    call = _state_first(args, kwargs)
-                    args, kwargs = _first_copies(call, _running[1], _running[0], wave.copies)
-                    output = _native(*args, **kwargs)
-                    state = output[0] if isinstance(output, tuple) else output
-                    state = torch.cat([state.reshape(-1, *_others[0].shape[1:]), *_others])
-                    return wave._output(state, call[0][0])
-
+            for layer in range(layers.start, len(blocks) if ride else layers.stop):
+                block = blocks[layer]
+                joined = partial(self._joined, wave, layers, copies, start_of, ride, layer, block.forward)
                 # not a hook: transformers' own output-recording hook would run first and see the unmodified output
                 patches.enter_context(replaced_forward(block, joined))
-            return wave.run()
+            whole = ride is not None and blocks[-1] is self.capture.last_block
+            return wave._run(at_labels=not whole)[own * self.capture.num_samples :]
+
+    def _joined(
+        self,
+        wave: Replay,
+        layers: range,
+        copies: int,
+        start_of: Callable[[int], torch.Tensor],
+        ride: Callable[[int, torch.Tensor], None] | None,
+        layer: int,
+        native: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A block of the wave: those that left before run, others join them, the rest wait in this copy's state."""
+        call, parts = _state_first(args, kwargs), []
+        if running := (1 if ride else 0) + copies * (min(layer, layers.stop) - layers.start):
+            args, kwargs = _first_copies(call, self.sizes[layer], running, wave.copies)
+            with ExitStack() as patches:
+                if ride:
+                    patches.enter_context(self._overwritten(layer, self._baseline(layer)))
+                output = native(*args, **kwargs)
+            state = _by_copy(output[0] if isinstance(output, tuple) else output, running)
+            if ride:
+                own = len(state) // running
+                ride(layer, state[:own].detach())
+                parts, state = [self.states[layer]], state[own:]
+            parts.append(state)
+        if layer in layers:
+            parts.append(start_of(layer))
+        waiting = copies * max(layers.stop - 1 - layer, 0)
+        return wave._output(torch.cat([*parts, *[self.states[layer]] * waiting]), call[0][0])
+
+    def measure_calls(self) -> None:
+        """Fill `sizes` by a run of the model whose blocks do nothing; this copy stays where it stands."""
+        probe = Replay(self.capture, self.copies)
+
+        def past(layer: int) -> bool:
+            probe.push(probe._call[1][0], None)
+            return True
+
+        probe.walk(self.capture.stack.num_layers, past)
+        self.sizes = probe.sizes
 
     def clean_gradients(
         self, objective: Callable[[torch.Tensor], torch.Tensor]
@@ -137,9 +172,12 @@ class Replay:
     def baseline_output(self, carry: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output of the next block with its neurons at the chosen positions at their baseline, and with carry its
         derivative by alpha."""
-        act = self.capture.activations[len(self.states)]
-        nothing = act.new_zeros(self.copies, *act.shape)
+        nothing = self._baseline(len(self.states))
         return self._block(nothing, torch.zeros_like(nothing) if carry else None)
+
+    def _baseline(self, layer: int) -> torch.Tensor:
+        act = self.capture.activations[layer]
+        return act.new_zeros(self.copies, *act.shape)
 
     def advance(self, values: torch.Tensor, tangent: torch.Tensor | None) -> None:
         """Take the next block into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha is
@@ -148,12 +186,8 @@ class Replay:
 
     def push(self, state: torch.Tensor, tangent: torch.Tensor | None) -> None:
         """Take a block's output into the states."""
-        self.states.append(self._by_copy(state))
-        self.tangents.append(None if tangent is None else self._by_copy(tangent))
-
-    def _by_copy(self, state: torch.Tensor) -> torch.Tensor:
-        """Copies along dimension 0: Pixtral's towers put all pictures, and so all copies, into one sequence."""
-        return state if len(state) % self.copies == 0 else state.view(self.copies, -1, state.shape[-1])
+        self.states.append(_by_copy(state, self.copies))
+        self.tangents.append(None if tangent is None else _by_copy(tangent, self.copies))
 
     def drop(self) -> None:
         """Take the last block's output back out of the states."""
@@ -174,6 +208,10 @@ class Replay:
         rows = values.reshape(self.copies, self.capture.tokens, -1).sum(-1)
         out = rows.new_zeros(self.copies, self.capture.num_samples)
         return out.index_add_(1, self.capture.token_sample, rows)
+
+    def _run(self, at_labels: bool) -> torch.Tensor:
+        with self._last_block_at_labels() if at_labels else nullcontext():
+            return self._entered()
 
     def _entered(self) -> torch.Tensor:
         """The model from its entry on: blocks in states return them, the next block's arguments are kept."""
@@ -229,7 +267,7 @@ class Replay:
 
     def block_output(self, values: torch.Tensor) -> torch.Tensor:
         """Output of the next block, its neurons overwritten by values [m,R,F]."""
-        return self._by_copy(self._called(self._arguments(), values))
+        return _by_copy(self._called(self._arguments(), values), self.copies)
 
     def _block(self, values: torch.Tensor, tangent: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(output, its derivative by alpha) of the next block, without gradient."""
@@ -362,6 +400,11 @@ class _Reached(Exception):
 def repeated(state: torch.Tensor, copies: int) -> torch.Tensor:
     """The states of one copy, repeated."""
     return state.repeat(copies, *[1] * (state.ndim - 1))
+
+
+def _by_copy(state: torch.Tensor, copies: int) -> torch.Tensor:
+    """Copies along dimension 0: Pixtral's towers put all pictures, and so all copies, into one sequence."""
+    return state if len(state) % copies == 0 else state.reshape(copies, -1, state.shape[-1])
 
 
 def _sizes(value: Any) -> Any:

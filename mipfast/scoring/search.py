@@ -7,6 +7,7 @@ definitions are the ones with a completeness theorem.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -313,71 +314,110 @@ def _search(
     captured: Capture, config: LocateConfig, nodes: torch.Tensor, weights: torch.Tensor, fitting: int, measure: bool
 ) -> Located:
     """Layer by layer along the path, or of all layers at once where there is none."""
-    n, device = captured.num_samples, captured.rows.sample.device
-    groups = captured.rows.groups(n)
-    counts = torch.bincount(captured.rows.sample, minlength=n)  # rows are sorted by sample
-    scores, paths, totals = [], [], []
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective_value(logits, captured.labels, config.objective)
 
-    full = value_of(captured.logits)
-
-    def zeros(layer: int) -> Sums:
-        size = n, captured.activations[layer].shape[1]
-        return torch.zeros(size, dtype=full.dtype, device=device), torch.zeros(size, dtype=full.dtype, device=device)
-
-    def add(sums: Sums, part: Sums) -> None:
-        for total, new in zip(sums, part, strict=True):
-            total += new if groups else torch.segment_reduce(new.to(total), "sum", lengths=counts)
-
-    def scored(layer: int, sums: Sums, along_path: torch.Tensor | float) -> torch.Tensor:
-        """Takes a layer's scores; its path."""
-        s1, s2 = sums
-        score = s1 if config.score == "igi" else s2
-        name, dtype = f"{captured.stack.name} layer {layer}", captured.activations[layer].dtype
-        path = strongest(score, config.top_k, name, dtype)
-        # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
-        path[((s1 == 0) & (s2 == 0)).all(1)] = -1
-        totals.append(s1.sum(1) + along_path)
-        scores.append(score.float())
-        paths.append(path)
-        return path
-
-    if config.search == "greedy":
-        steps = min(len(nodes), fitting)
-        node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, measure, value_of)
-        for layer, act in enumerate(captured.activations):
-            sums, carried = zeros(layer), torch.zeros_like(full)
-            for group, (part, along_path) in with_oom_halving(node_groups, partial(_score, act, groups, value_of)):
-                carried += group.weights.to(carried) @ along_path
-                if part is not None:
-                    add(sums, part)
-            path_of_rows = scored(layer, sums, carried)[captured.rows.sample]  # [R,k], the neurons that stay scaled
-            if zero_node:
-                zero_node.advance(act, path_of_rows)
-            if layer + 1 < captured.stack.num_layers:
-                for group in node_groups:
-                    group.advance(act, path_of_rows)
-        at_zero = zero_node.values(fitting, value_of) if zero_node else None
-    else:
-        clean, every = CleanRun(captured), [zeros(layer) for layer in range(captured.stack.num_layers)]
-        for layer, part in clean.pointwise(nodes, weights, config.memory_budget, value_of, groups):
-            add(every[layer], part)
-        for layer, sums in enumerate(every):
-            scored(layer, sums, 0)
-        at_zero = clean.baseline_values(fitting, value_of) if measure else None
-    residuals: list[Any] = [None] * n
+    full, search = value_of(captured.logits), _greedy if config.search == "greedy" else _pointwise
+    scores, path, totals, at_zero = search(captured, config, nodes, weights, fitting, measure, value_of)
+    residuals: list[Any] = [None] * captured.num_samples
     if at_zero is not None:
         change = full - at_zero
-        off = (torch.stack(totals) - change).abs()
+        off = (totals - change).abs()
         residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
-    counted = captured.labels.mask.sum(1).cpu()
-    return torch.stack(scores, 1).cpu(), torch.stack(paths, 1).cpu(), residuals, counted
+    return scores.float().cpu(), path.cpu(), residuals, captured.labels.mask.sum(1).cpu()
 
 
-def _score(
-    act: torch.Tensor, groups: int | None, value_of: Objective, group: NodeGroup
-) -> tuple[Sums | None, torch.Tensor]:
-    with memory.measured(group.replay.capture, [0] * group.copies):
-        return group.score(act, groups, value_of)
+# scores [n,L,F], path [n,L,k], the layers' part of F(1) - F(0) by the quadrature [L,n], F(0) [L,n] if it was measured
+Searched = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _pointwise(
+    captured: Capture,
+    config: LocateConfig,
+    nodes: torch.Tensor,
+    weights: torch.Tensor,
+    fitting: int,
+    measure: bool,
+    value_of: Objective,
+) -> Searched:
+    clean, of_layers = CleanRun(captured), _Sums(captured)
+    for layer, part in clean.pointwise(nodes, weights, config.memory_budget, value_of, of_layers.groups):
+        of_layers.add(layer, part)
+    s1, s2 = of_layers.of(range(captured.stack.num_layers))
+    at_zero = clean.baseline_values(fitting, value_of) if measure else None
+    return *_chosen(captured, config, s1, s2), s1.sum(2).T, at_zero
+
+
+def _greedy(
+    captured: Capture,
+    config: LocateConfig,
+    nodes: torch.Tensor,
+    weights: torch.Tensor,
+    fitting: int,
+    measure: bool,
+    value_of: Objective,
+) -> Searched:
+    """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
+    of_layers, found, totals = _Sums(captured), [], []
+    groups, n = of_layers.groups, captured.num_samples
+    node_groups, zero_node = make_node_groups(captured, nodes, weights, min(len(nodes), fitting), measure, value_of)
+
+    def scored(group: NodeGroup, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
+        with memory.measured(captured, [0] * group.copies):
+            return group.score(act, groups, value_of)
+
+    for layer, act in enumerate(captured.activations):
+        carried = of_layers.zeros(n)
+        for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
+            carried += group.weights.to(carried) @ along_path
+            if part is not None:
+                of_layers.add(layer, part)
+        s1, s2 = of_layers.of(range(layer, layer + 1))
+        totals.append(s1.sum((1, 2)) + carried)
+        found.append(_chosen(captured, config, s1, s2, layer))
+        path_of_rows = found[-1][1][captured.rows.sample, 0]  # [R,k], the neurons that stay scaled
+        if zero_node:
+            zero_node.advance(act, path_of_rows)
+        if layer + 1 < captured.stack.num_layers:
+            for group in node_groups:
+                group.advance(act, path_of_rows)
+    scores, paths = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return scores, paths, torch.stack(totals), zero_node.values(fitting, value_of) if zero_node else None
+
+
+def _chosen(
+    captured: Capture, config: LocateConfig, s1: torch.Tensor, s2: torch.Tensor, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores [n,L,F], path [n,L,k]) of layers `first` and on."""
+    score = s1 if config.score == "igi" else s2
+    path = strongest(score, config.top_k, captured.stack.name, first, captured.outputs[0].dtype)
+    # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
+    return score, path.masked_fill(((s1 == 0) & (s2 == 0)).all(2, keepdim=True), -1)
+
+
+class _Sums:
+    """(s1, s2) [n,F] of every layer, in the objective's precision; groups: of equally many rows a sample, by which the
+    ops sum them, None where they are not equally many."""
+
+    def __init__(self, captured: Capture):
+        self._captured, self._parts = captured, defaultdict[int, list[torch.Tensor]](list)
+        self._counts = torch.bincount(captured.rows.sample, minlength=captured.num_samples)  # rows are sorted by sample
+        self.groups = captured.rows.groups(captured.num_samples)
+        self._dtype = torch.float64 if captured.logits.dtype == torch.float64 else torch.float32
+
+    def zeros(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=self._dtype, device=self._captured.rows.sample.device)
+
+    def add(self, layer: int, part: Sums) -> None:
+        new = [one.to(self._dtype) for one in part]
+        if not self.groups:
+            new = [torch.segment_reduce(one, "sum", lengths=self._counts) for one in new]
+        before = self._parts[layer]
+        self._parts[layer] = [a + b for a, b in zip(before, new, strict=True)] if before else new
+
+    def of(self, layers: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [n,L,F]; zero where a layer has no gradient."""
+        nothing = self.zeros(self._captured.num_samples, self._captured.stack.num_neurons)
+        s1, s2 = zip(*(self._parts.get(layer, (nothing, nothing)) for layer in layers), strict=True)
+        return torch.stack(s1, 1), torch.stack(s2, 1)

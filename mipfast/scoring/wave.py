@@ -17,22 +17,46 @@ from mipfast import ops
 from mipfast.scoring import memory
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.nodes import Objective, Sums, gradients_of, staggered_values, with_oom_halving
-from mipfast.scoring.plan import plan
+from mipfast.scoring.plan import _close, plan
 from mipfast.scoring.replay import Replay, repeated
+
+FEW = 256  # rows of a copy up to which reading the weights, not arithmetic, is what a clean run of its own costs
 
 
 class CleanRun:
     """One copy past all blocks, by the cheapest exact route. additive: blocks add their FFN's output, so that what a
-    copy's neurons contribute can be added behind their block; else the block runs again with them overwritten."""
+    copy's neurons contribute can be added behind their block; else the block runs again with them overwritten.
+
+    It runs before the first wave, or where the model is known and one wave holds all, in it."""
 
     def __init__(self, captured: Capture):
-        self.capture, clean = plan(captured, clean_states=True)
-        self.additive = clean is not None
-        self.replay = clean or Replay(self.capture, 1)
-        if not self.additive:
-            self.replay.walk(captured.stack.num_layers, self._past)
+        self._captured = captured
+        self._take(clean_states=False)
 
-    def _past(self, layer: int) -> bool:
+    @property
+    def known(self) -> bool:
+        return len(self.replay.states) == self.capture.stack.num_layers
+
+    def run(self) -> None:
+        """Past all blocks, if it is not yet."""
+        if not self.known:
+            self._take(clean_states=self.additive)
+        if not self.known:
+            self.replay.walk(self.capture.stack.num_layers, self._past_natively)
+
+    def _take(self, clean_states: bool) -> None:
+        self.capture, clean = plan(self._captured, clean_states)
+        self.additive, self.replay = clean is not None, clean or Replay(self.capture, 1)
+
+    def arrived(self, rider: Replay) -> bool:
+        """Take the copy that rode along, if at the chosen rows it came past all blocks as the captured run did."""
+        outputs = torch.stack(self.capture.outputs)
+        rows = torch.stack(rider.states).view(len(outputs), -1, outputs.shape[-1])[:, self.capture.rows.index]
+        if exact := _close(rows, outputs):
+            self.replay = rider
+        return exact
+
+    def _past_natively(self, layer: int) -> bool:
         self.replay.baseline_outputs.append(self.replay.baseline_output(carry=False)[0])
         self.replay.advance(self.capture.activations[layer][None], None)
         return True
@@ -64,10 +88,14 @@ class CleanRun:
             for part in zip(nodes.to(device).split(fit), weights.to(device).split(fit), strict=True):
                 waves.append(Wave(self, range(start, stop), *part))
             stop = start
+        rows = self.capture.num_samples * (self.capture.stop - self.capture.start)
+        if len(waves) == 1 and self.additive and rows <= FEW and left >= kept[0]:
+            waves[0] = replace(waves[0], rides=True)
         return waves
 
     def baseline_values(self, copies: int, value_of: Objective) -> torch.Tensor:
         """F [L,n] with each layer's neurons at their baseline, up to copies of them in one pass."""
+        self.run()
         return staggered_values(self.replay, self.replay.baseline_outputs, copies, value_of)
 
     def sums(self, layer: int, grad: torch.Tensor, weights: torch.Tensor, groups: int | None) -> Sums:
@@ -90,6 +118,7 @@ class Wave:
     layers: range
     nodes: torch.Tensor
     weights: torch.Tensor
+    rides: bool = False  # the clean run is made on the way, if it is not yet
 
     @property
     def copies(self) -> int:
@@ -97,41 +126,55 @@ class Wave:
 
     def halves(self) -> list[Wave]:
         """The same in two waves: of fewer layers, or of fewer nodes of one."""
-        middle = len(self.layers) // 2
-        if middle:
-            return [replace(self, layers=self.layers[middle:]), replace(self, layers=self.layers[:middle])]
+        if len(self.layers) > 1:
+            middle = len(self.layers) // 2
+            return [replace(self, layers=part, rides=False) for part in (self.layers[middle:], self.layers[:middle])]
         middle = len(self.nodes) // 2
-        return [
-            replace(self, nodes=self.nodes[part], weights=self.weights[part])
-            for part in (slice(middle), slice(middle, None))
-        ]
+        parts = slice(middle), slice(middle, None)
+        return [replace(self, nodes=self.nodes[i], weights=self.weights[i], rides=False) for i in parts]
 
     def score(self, groups: int | None, value_of: Objective) -> list[tuple[int, Sums]]:
         """The sums of its layers that have a gradient."""
-        capture, clean, copies = self.clean.capture, self.clean, len(self.nodes)
-        firsts = [layer + clean.additive for layer in self.layers for _ in range(copies)]
-        with torch.enable_grad(), memory.measured(capture, firsts):
-            leaves, starts = self._leaving()
-            value = value_of(clean.replay.staggered(self.layers.start, starts))
-            del starts
-            grads = gradients_of(value, leaves)
+        clean, rides = self.clean, self.rides and not self.clean.known
+        if not rides:
+            clean.run()
+        firsts = [layer + clean.additive for layer in self.layers for _ in self.nodes]
+        with torch.enable_grad(), memory.measured(clean.capture, firsts + [0] * rides):
+            rider = Replay(clean.capture, 1) if rides else None
+            leaves, logits = self._left(rider)
+            if rider and not clean.arrived(rider):
+                return replace(self, rides=False).score(groups, value_of)
+            grads = gradients_of(value_of(logits), leaves)
         pairs = zip(self.layers, grads, strict=True)
         return [(layer, clean.sums(layer, grad, self.weights, groups)) for layer, grad in pairs if grad is not None]
 
-    def _leaving(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(what the layers' neurons contribute, or are, at the nodes: leaves; the states their copies leave with)."""
-        capture, clean, copies = self.clean.capture, self.clean, len(self.nodes)
-        replay, leaves, starts = Replay(capture, copies), [], []
-        if not clean.additive:
-            replay.states = [repeated(state, copies) for state in clean.replay.states[: self.layers.start]]
+    def _left(self, rider: Replay | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(what each layer's neurons contribute, or are, at the nodes: leaves; logits of the copies that left so)."""
+        clean, copies, leaves = self.clean, len(self.nodes), []
+        capture, run, replay = clean.capture, rider or clean.replay, Replay(clean.capture, copies)
+        nodes = torch.cat([self.nodes, self.nodes.new_ones(1 if rider else 0)])
+        contributions: list[torch.Tensor] = []
+
+        def contribute(layer: int) -> torch.Tensor:
+            return ops.riemann_project(capture.activations[layer], clean.weight(layer), nodes)
+
+        def ride(layer: int, output: torch.Tensor) -> None:
+            contributions.append(contribute(layer))
+            run.baseline_outputs.append(output)
+            run.push(run.add_rows(output, contributions[-1][-1:]), None)
+
+        def start_of(layer: int) -> torch.Tensor:
+            leaves.append((contributions.pop()[:-1] if rider else contribute(layer)).requires_grad_())
+            return replay.add_rows(repeated(run.baseline_outputs[layer], copies), leaves[-1])
+
+        if rider:
+            rider.measure_calls()
+            return leaves, rider.staggered(self.layers, copies, start_of, ride)
+        if clean.additive:
+            return leaves, run.staggered(self.layers, copies, start_of)
+        starts, replay.states = [], [repeated(state, copies) for state in run.states[: self.layers.start]]
         for layer in self.layers:
-            act = capture.activations[layer]
-            if clean.additive:
-                leaf = ops.riemann_project(act, clean.weight(layer), self.nodes).requires_grad_()
-                starts.append(replay.add_rows(repeated(clean.replay.baseline_outputs[layer], copies), leaf))
-            else:
-                leaf = ops.riemann_interpolate(act, self.nodes).requires_grad_()
-                starts.append(replay.block_output(leaf))
-                replay.states.append(repeated(clean.replay.states[layer], copies))
-            leaves.append(leaf)
-        return leaves, starts
+            leaves.append(ops.riemann_interpolate(capture.activations[layer], self.nodes).requires_grad_())
+            starts.append(replay.block_output(leaves[-1]))
+            replay.states.append(repeated(run.states[layer], copies))
+        return leaves, run.staggered(self.layers, copies, lambda layer: starts[layer - self.layers.start])
