@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class Capture:
     @property
     def num_samples(self) -> int:
         return self.labels.num_samples
+
+    @cached_property
+    def every_row(self) -> bool:
+        """Whether the chosen rows are all tokens, in their order."""
+        index = self.rows.index
+        return len(index) == self.tokens and bool((index.diff() == 1).all())
 
 
 def capture(
@@ -158,7 +165,8 @@ def _capture(
         )
         raise InputError(f"{len(activations)} of {stack.num_layers} blocks of {stack.name} ran once: {hint}")
     # a sum is not finite if a summand is not, so that one look tells of all layers; it may be so of large summands too
-    sums = [act.sum(dtype=torch.promote_types(act.dtype, torch.float32)) for act in activations]
+    wide = torch.promote_types(activations[0].dtype, torch.float32)
+    sums = [act.sum(dtype=wide) for act in activations]
     for layer, act in enumerate([] if bool(torch.stack(sums).isfinite().all()) else activations):
         if not bool(act.isfinite().all()):
             bad = sorted(set(seen["rows"].sample[~act.isfinite().all(1)].tolist()))

@@ -25,17 +25,31 @@ TORCH_FROM = 128  # suffix tokens; on a CPU torch's attention is 0.8x as fast as
 @dataclass(eq=False)
 class Recording:
     """What the decoder's attention modules saw in the clean run: keys, values [n,heads,S,d] after rotation, and the
-    mask [n or 1,1,S,S] (bool, or added to the scores)."""
+    mask [n or 1,1,S,S or more], which is added to the scores. masks: by the identity of what the decoder gave, which
+    many modules share, that and the mask."""
 
     seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def added(self, given: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask, as what is added to scores."""
+        if given.dtype != torch.bool:
+            return given
+        if id(given) not in self.masks:
+            # half of the lowest number: with a score it is still finite in float16, and so is a row that sees nothing
+            hidden = torch.zeros_like(given, dtype=dtype).masked_fill_(~given, torch.finfo(dtype).min / 2)
+            self.masks[id(given)] = given, hidden
+        return self.masks[id(given)][1]
 
     def suffix(self, start: int, stop: int) -> Prefix | None:
         """None where some token before start looks at one from start on: the prefix would not stay clean."""
-        layers = {}
+        layers, clean = {}, set()
         for module, (key, value, mask) in self.seen.items():
-            looks = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            if mask.shape[-1] != key.shape[2] or bool(looks[:, :, :start, start:].any()):
-                return None
+            if id(mask) not in clean:
+                looks = mask[:, :, :start, start : key.shape[2]] >= torch.finfo(mask.dtype).min / 4
+                if mask.shape[-1] < key.shape[2] or bool(looks.any()):
+                    return None
+                clean.add(id(mask))
             layers[module] = (key[:, :, :start], value[:, :, :start], mask[:, :, start:stop, :stop])
         return Prefix(start, stop, layers)
 
@@ -70,8 +84,9 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
         mask = attention_mask  # transformers passes it by place or by name
         if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
             raise UnsupportedAttention(f"{type(module).__name__} without an explicit mask that serves every head")
-        record.seen[module] = (key, value, mask[..., : key.shape[2]])
-        return _attend(query, key, value, mask, None, None, **kwargs), None
+        mask = record.added(mask, query.dtype)
+        record.seen[module] = (key, value, mask)
+        return _attend(query, key, value, mask[..., : key.shape[2]], None, None, **kwargs), None
 
     def explicit_mask(*args: Any, **kwargs: Any) -> Any:
         return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -106,21 +121,19 @@ def _attend(
     **ignored: Any,
 ) -> Tensor:
     """Softmax attention [m·n,S',heads,d] of suffix queries [m·n,heads,S',d] over the clean prefix (shared by the m
-    copies) and their own suffix keys. sliding_window is in the mask already."""
+    copies) and their own suffix keys. mask [n or 1,1,S',S] is added to the scores; sliding_window is in it already."""
     if any(ignored.get(name) is not None for name in families.UNKNOWN_TO_PREFIX):
         raise UnsupportedAttention(f"attention sinks or biases: {sorted(ignored)}")
     rows, heads, length, width = query.shape
     n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]
     m, group = rows // n, heads // shared
     scaling = scaling if scaling is not None else width**-0.5
-    if len(mask) > 1:
-        mask = mask.repeat(m, 1, 1, 1)  # [rows,1,S',S]
     before = clean_key.shape[2] if clean_key is not None else 0
-    if softcap is None and before <= length and length >= TORCH_FROM:
+    if softcap is None and (clean_key is None or before <= length and length >= TORCH_FROM):
         # a prefix no longer than the suffix may be copied: torch's fused attention keeps no [S',S] weights
-        if mask.dtype == torch.bool:  # added rather than bool: a padding's row, all masked, would give NaN
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         mask = mask.to(query.dtype)
+        if len(mask) > 1:
+            mask = mask.repeat(m, 1, 1, 1)
         if clean_key is not None and clean_value is not None:
             key = torch.cat([clean_key.repeat(m, 1, 1, 1), key], 2)
             value = torch.cat([clean_value.repeat(m, 1, 1, 1), value], 2)
@@ -128,7 +141,6 @@ def _attend(
             key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=group > 1)
         return out.transpose(1, 2).contiguous()
-    mask = mask[:, :, None]
     q = query.reshape(rows, shared, group, length, width)
     scores = q.flatten(2, 3) @ key.transpose(-1, -2)
     scores = scores.view(rows, shared, group, length, -1)
@@ -138,15 +150,14 @@ def _attend(
     scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    scores = (scores.unflatten(0, (m, n)) + mask[:, :, None]).flatten(0, 1)
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     weights = scores.softmax(-1, dtype=wide).to(value.dtype)
-    split = scores.shape[-1] - key.shape[2]
-    out = weights[..., split:].flatten(2, 3) @ value
-    out = out.view(rows, shared, group, length, -1)
-    if split:
+    over_prefix, own = weights.split([before, key.shape[2]], -1)
+    out = (own.flatten(2, 3) @ value).view(rows, shared, group, length, -1)
+    if before:
         assert clean_value is not None
-        out = out + _ungroup(_regroup(weights[..., :split], m, n) @ clean_value, m, n, group, length)
+        out = out + _ungroup(_regroup(over_prefix, m, n) @ clean_value, m, n, group, length)
     return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
 
 

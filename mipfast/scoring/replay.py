@@ -49,6 +49,7 @@ class Replay:
         self.baseline_outputs: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
         self.sizes: dict[int, Any] = {}
+        self._nothing: torch.Tensor | None = None
         self._call: tuple[int, tuple, dict, torch.Tensor | None] = (-1, (), {}, None)
 
     def run(self, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -177,7 +178,9 @@ class Replay:
 
     def _baseline(self, layer: int) -> torch.Tensor:
         act = self.capture.activations[layer]
-        return act.new_zeros(self.copies, *act.shape)
+        if self._nothing is None or self._nothing.shape[1:] != act.shape:
+            self._nothing = act.new_zeros(self.copies, *act.shape)
+        return self._nothing
 
     def advance(self, values: torch.Tensor, tangent: torch.Tensor | None) -> None:
         """Take the next block into the states, its neurons overwritten by values [m,R,F] whose derivative by alpha is
@@ -196,10 +199,15 @@ class Replay:
 
     def at_rows(self, state: torch.Tensor) -> torch.Tensor:
         """The chosen rows [m,R,H] of a state."""
-        return state.reshape(-1, state.shape[-1])[self._index].view(self.copies, -1, state.shape[-1])
+        flat = state.reshape(-1, state.shape[-1])
+        return (flat if self.capture.every_row else flat[self._index]).view(self.copies, -1, state.shape[-1])
 
     def add_rows(self, state: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """A copy of the state with values [m,R,H] added at the chosen rows."""
+        """The state, of every copy or of one for all, with values [m,R,H] added at the chosen rows."""
+        if self.capture.every_row:
+            return (state.reshape(-1, *values.shape[1:]) + values.to(state)).reshape(-1, *state.shape[1:])
+        if state.numel() < self.copies * self.capture.tokens * state.shape[-1]:
+            state = repeated(state, self.copies)
         flat = state.reshape(-1, state.shape[-1])
         return flat.index_add(0, self._index, values.reshape(-1, state.shape[-1]).to(flat)).view_as(state)
 
@@ -372,7 +380,11 @@ class Replay:
 
         def overwrite(module: nn.Module, args: tuple) -> tuple:
             x = args[0].reshape(-1, args[0].shape[-1])  # out of place: the input is also somebody else's saved tensor
-            return (x.index_put((self._index,), flat).view_as(args[0]), *args[1:])
+            if self.capture.every_row:
+                x = torch.cat([flat, x[len(flat) :]]) if len(x) > len(flat) else flat
+            else:
+                x = x.index_put((self._index,), flat)
+            return (x.view_as(args[0]), *args[1:])
 
         with self.capture.stack.outputs[layer].register_forward_pre_hook(overwrite):
             yield

@@ -153,6 +153,7 @@ class Wave:
         clean, copies, leaves = self.clean, len(self.nodes), []
         capture, run, replay = clean.capture, rider or clean.replay, Replay(clean.capture, copies)
         nodes = torch.cat([self.nodes, self.nodes.new_ones(1 if rider else 0)])
+        nodes = nodes.to(torch.promote_types(capture.outputs[0].dtype, torch.float32))  # once, not by every op
         contributions: list[torch.Tensor] = []
 
         def contribute(layer: int) -> torch.Tensor:
@@ -165,7 +166,7 @@ class Wave:
 
         def start_of(layer: int) -> torch.Tensor:
             leaves.append((contributions.pop()[:-1] if rider else contribute(layer)).requires_grad_())
-            return replay.add_rows(repeated(run.baseline_outputs[layer], copies), leaves[-1])
+            return replay.add_rows(run.baseline_outputs[layer], leaves[-1])
 
         if rider:
             rider.measure_calls()
