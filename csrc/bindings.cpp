@@ -6,6 +6,7 @@
 #include "riemann_interpolate.h"
 #include "riemann_project.h"
 #include "swiglu.h"
+#include "word_sums.h"
 #ifdef MIPFAST_CUDA
 #include "riemann_accumulate_cuda.h"
 #endif
@@ -135,6 +136,16 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("d_out"), py::arg("d_out_stride"), py::arg("weight"), py::arg("weight_stride"),
       py::arg("d_x"), py::arg("rows"), py::arg("inner"), py::arg("outer"));
 #endif
+
+  m.def(
+      "word_sums",
+      [](uintptr_t words, uintptr_t whole, uintptr_t upper, uintptr_t out, int64_t rows, int64_t width) {
+        py::gil_scoped_release release;
+        mipfast::word_sums(at<const int64_t>(words), at<const int64_t>(whole), at<const int64_t>(upper),
+                           at<int64_t>(out), rows, width);
+      },
+      py::kw_only(), py::arg("words"), py::arg("whole"), py::arg("upper"), py::arg("out"), py::arg("rows"),
+      py::arg("width"));
 
 #ifdef MIPFAST_CUDA
   m.def("cuda_trouble", &mipfast::cuda_trouble);
