@@ -164,6 +164,23 @@ def test_counted_flops_of_vision(monkeypatch):
     assert counted(model, batch, VISION) == pytest.approx(total(expected.flops), rel=0.12)
 
 
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_a_wave_computes_what_layer_by_layer_does_and_reads_every_block_twice(modality):
+    sizes = dict(prompt=104, answer=24, patches=1024 if modality == "vision" else 0)
+    rule = dict(modality=modality, residuals="none", method="riemann_left")
+    greedy, wave = (
+        estimate(QWEN_3B, **sizes, config=LocateConfig(search=search, n_steps=4, **rule))
+        for search in ("greedy", "pointwise")
+    )
+    assert wave.flops["search"] == greedy.flops["search"]
+    text, tower = QWEN_3B.text, getattr(QWEN_3B, modality)
+    weights = 3 * tower.layers * tower.block + 2 * QWEN_3B.head  # a block's own part in its layer's score is the third
+    if modality == "vision":
+        weights += 2 * text.layers * text.block
+    assert wave.bytes["search"] == weights * QWEN_3B.element_size
+    assert greedy.bytes["search"] > 5 * wave.bytes["search"]
+
+
 def test_impossible_questions_are_refused():
     with pytest.raises(mipfast.InputError, match="answer=0; expected at least 1"):
         mipfast.estimate(QWEN_3B, prompt=1, answer=0)

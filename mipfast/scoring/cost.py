@@ -1,7 +1,8 @@
 """What locating costs before anything is run: FLOPs, bytes read, seconds at the least, and memory, from shapes alone.
 
-The greedy search scores L layers, and to score one it runs every later block forward and backward: work grows with the
-square of the depth, and linearly with weights, tokens, samples and steps.
+A search scores L layers, and to score one it runs every later block forward and backward: work grows with the square of
+the depth, and linearly with weights, tokens, samples and steps. The greedy search reads a block's weights anew for
+every layer below; a pointwise one, whose layers walk up together, reads them twice.
 """
 
 from __future__ import annotations
@@ -241,24 +242,25 @@ class _Work:
         self.span = tokens  # of one sample, what a replay runs
         self.phases: dict[str, list[tuple[float, float]]] = {"capture": [], "search": [], "completeness": []}
 
-    def blocks(self, phase: str, tower: Tower, count: float, rows: int, keys: int) -> None:
-        """Count block passes over rows of every sample, each attending to keys."""
+    def blocks(self, phase: str, tower: Tower, count: float, rows: int, keys: int, read: float | None = None) -> None:
+        """Count block passes over rows of every sample, each attending to keys; read: blocks read for them, None one
+        each."""
         if count and rows:
             matmul = tower.block + 2 * keys * tower.hidden  # attention's two products
-            self.phases[phase].append(
-                (2 * count * self.batch_size * rows * matmul, count * tower.block * self.shape.element_size)
-            )
+            weights = (count if read is None else read) * tower.block
+            self.phases[phase].append((2 * count * self.batch_size * rows * matmul, weights * self.shape.element_size))
 
-    def head(self, phase: str, count: float, copies: int) -> None:
+    def head(self, phase: str, count: float, copies: int, read: float | None = None) -> None:
         """Count passes of the head over the label positions."""
         rows = copies * self.batch_size * self.answer
-        self.phases[phase].append(
-            (2 * count * rows * self.shape.head, count * self.shape.head * self.shape.element_size)
-        )
+        weights = (count if read is None else read) * self.shape.head
+        self.phases[phase].append((2 * count * rows * self.shape.head, weights * self.shape.element_size))
 
-    def later(self, phase: str, tower: Tower, passes: int, rows: int, keys: int) -> None:
-        """For every layer, `passes` (forward, or forward and backward) over the blocks after it."""
-        self.blocks(phase, tower, passes * tower.layers * (tower.layers - 1) / 2, rows, keys)
+    def later(self, phase: str, tower: Tower, passes: int, rows: int, keys: int, wave: bool) -> None:
+        """For every layer, `passes` (forward, or forward and backward) over the blocks after it; wave: of all layers
+        together."""
+        read = passes * tower.layers if wave else None
+        self.blocks(phase, tower, passes * tower.layers * (tower.layers - 1) / 2, rows, keys, read)
 
     def memory(self, copies: int, vision: bool) -> float:
         """The weights, and of every copy what autograd keeps (about 8 hidden-wide and 3 FFN-wide tensors per token and
@@ -294,18 +296,19 @@ def _text(work: _Work, config: LocateConfig) -> int:
     if config.combine == "sum":
         work.blocks("capture", text, text.layers, span, keys)  # the check that blocks only add their FFN's output
     work.blocks("search", text, text.layers, scaled * span, keys)
-    work.later("search", text, 2, scaled * span, keys)
-    work.head("search", 2 * text.layers, scaled)
+    wave = config.search == "pointwise" and config.combine == "sum"
+    work.later("search", text, 2, scaled * span, keys, wave)
+    work.head("search", 2 * text.layers, scaled, 2 if wave else None)
     if clean:
         work.blocks("search", text, 2 * text.layers, span, keys)
         work.head("search", 2, 1)
     if config.combine == "sum":
         work.blocks("completeness", text, text.layers, span, keys)
-        work.later("completeness", text, 1, span, keys)
-        work.head("completeness", text.layers, 1)
+        work.later("completeness", text, 1, span, keys, wave=True)
+        work.head("completeness", text.layers, 1, 1)
         if config.search == "greedy":
             work.blocks("completeness", text, text.layers - 1, (scaled + 2 * clean) * span, keys)
-    return scaled
+    return scaled * text.layers // 2 if wave else scaled  # a copy keeps the blocks above its layer
 
 
 def _vision(work: _Work, config: LocateConfig) -> int:
@@ -319,18 +322,20 @@ def _vision(work: _Work, config: LocateConfig) -> int:
         return 0  # its closed form needs the clean run only
     scaled, clean = _rows(config)
     work.blocks("capture", tower, tower.layers, patches, patches)  # the check that blocks only add their FFN's output
-    for passes, rows, phase in ((2, scaled, "search"), (1, 1, "completeness")):
+    pointwise = config.search == "pointwise"
+    for passes, rows, phase, wave in ((2, scaled, "search", pointwise), (1, 1, "completeness", True)):
         work.blocks(phase, tower, tower.layers, rows * patches, patches)
-        work.later(phase, tower, passes, rows * patches, patches)
-        work.blocks(phase, text, passes * tower.layers * text.layers, rows * tokens, tokens)
-        work.head(phase, passes * tower.layers, rows)
+        work.later(phase, tower, passes, rows * patches, patches, wave)
+        read = passes * text.layers if wave else None
+        work.blocks(phase, text, passes * tower.layers * text.layers, rows * tokens, tokens, read)
+        work.head(phase, passes * tower.layers, rows, passes if wave else None)
     if clean:
         work.blocks("search", tower, 2 * tower.layers, patches, patches)
         work.blocks("search", text, 2 * text.layers, tokens, tokens)
         work.head("search", 2, 1)
     if config.search == "greedy":
         work.blocks("completeness", tower, tower.layers - 1, (scaled + 2 * clean) * patches, patches)
-    return scaled
+    return scaled * tower.layers if pointwise else scaled
 
 
 def _rows(config: LocateConfig) -> tuple[int, int]:
