@@ -30,11 +30,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_
 
 sys.path.insert(0, str(Path(__file__).parent))
 import released  # noqa: E402
+import shapes  # noqa: E402, F401 (the tests' folder is on the path from here on)
+from slow_pointwise import layer_by_layer  # noqa: E402
 
 from mipfast import LocateConfig, locate  # noqa: E402
 from mipfast.model.batch import find_labels  # noqa: E402
+from mipfast.model.fingerprint import unchanged  # noqa: E402
 from mipfast.ops import frozen_linear  # noqa: E402
-from mipfast.scoring import nodes  # noqa: E402
+from mipfast.scoring import nodes, wave  # noqa: E402
 from mipfast.scoring.search import objective_value  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,24 +54,35 @@ GOALS = {
     "IFI default": (4, 5.2),
     "Captum pointwise, gausslegendre": (2.4, 4),
     "Captum pointwise, riemann_right": (2.4, 4),
+    "wave, 6 + 1 tokens": (5, 6),
+    "wave, 13 + 3 tokens": (3, 3.9),
+    "wave, 6 + 1 tokens, Qwen2.5-Coder-0.5B's shape": (4, 5),
+    "wave, 8 samples of 8 + 1 tokens": (1.5, 1.8),
+    "wave, whole prompt of 56, 2 samples": (1 / 1.05, 1),
+    "wave, vision": (1 / 1.05, 1),
+    "Captum, every layer, SmolLM2's shape": (10, 12),
     "memory growth, text": (1 / 4, 1 / 8),
     "memory growth, vision": (1 / 4, 1 / 8),
 }
 
 
-def llama(layers=12, hidden=512, neurons=1536, words=WORDS):
+def llama(layers=12, hidden=512, neurons=1536, words=WORDS, heads=8, shared=4, tied=False):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=words,
         hidden_size=hidden,
         intermediate_size=neurons,
         num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval().to(DEVICE)
+
+
+SMOL = dict(layers=30, hidden=576, neurons=1536, words=49152, heads=9, shared=3, tied=True)  # SmolLM2-135M's
+CODER = dict(layers=24, hidden=896, neurons=4864, words=151936, heads=14, shared=2, tied=True)  # Qwen2.5-Coder-0.5B's
 
 
 def qwen_vl():
@@ -349,15 +363,9 @@ def test_vision(vision, interleaved, row, monkeypatch):
         row(name, took["released"] / took[key], f"{took['released']:.2f} s / {took[key]:.3f} s")
 
 
-@pytest.mark.parametrize("method", ["gausslegendre", "riemann_right"])
-def test_captum(text, interleaved, row, method):
-    """All positions, no path, 4 nodes. Zero embeddings are zero activations in a Llama without biases.
-
-    Captum runs two forward passes of one row beside the nodes', and every block of every pass forward; we run the
-    blocks behind the layer. By equal products that leaves 2.4 at most with Gauss nodes, and more with a rule that ends
-    on alpha = 1."""
+def captum_scores(model, batch, method):
+    """[L,F] of Captum's LayerIntegratedGradients, a layer after the other; None without captum."""
     attr = pytest.importorskip("captum.attr", reason="captum is not installed")
-    model, batch = text
     labels = find_labels(batch)
     embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
 
@@ -367,13 +375,22 @@ def test_captum(text, interleaved, row, method):
         logits = model.lm_head(states.gather(1, index.expand(-1, -1, states.shape[-1])))
         return objective_value(logits, labels, "logprob")
 
-    def captum():
+    def scores():
         rows = []
         for block in model.model.layers:
             layer = attr.LayerIntegratedGradients(objective, block.mlp.down_proj)
             options = dict(n_steps=STEPS, method=method, attribute_to_layer_input=True)
             rows.append(layer.attribute(embeddings, torch.zeros_like(embeddings), **options).sum(1)[0])
         return torch.stack(rows)
+
+    return scores
+
+
+@pytest.mark.parametrize("method", ["gausslegendre", "riemann_right"])
+def test_captum(text, interleaved, row, method):
+    """All positions, no path, 4 nodes. Zero embeddings are zero activations in a Llama without biases."""
+    model, batch = text
+    captum = captum_scores(model, batch, method)
 
     def ours(residuals="none"):
         return locate(model, batch, positions="all", search="pointwise", method=method, residuals=residuals)
@@ -386,6 +403,62 @@ def test_captum(text, interleaved, row, method):
             took["captum"] / took[key],
             f"{took['captum']:.2f} s / {took[key]:.3f} s",
         )
+
+
+def test_captum_on_a_real_shape(interleaved, row, skip_long):
+    """The same on 6 + 1 tokens, where reading the weights is what costs: Captum reads them for every layer."""
+    model, batch = llama(**SMOL), text_batch(6, 1, words=SMOL["words"])
+    captum = captum_scores(model, batch, "gausslegendre")
+
+    def ours():
+        return locate(model, batch, positions="all", search="pointwise", residuals="none")
+
+    with unchanged(model):
+        assert_same(ours(), (captum(), None), 1e-4, path=False)
+        took = interleaved({"captum": captum, "ours": ours})
+    note = f"{took['captum']:.2f} s / {took['ours']:.3f} s"
+    row("Captum, every layer, SmolLM2's shape", took["captum"] / took["ours"], note)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "size", "settings"),
+    [
+        ("wave, 6 + 1 tokens", SMOL, (6, 1), {}),
+        ("wave, 13 + 3 tokens", SMOL, (13, 3), {}),
+        ("wave, 8 samples of 8 + 1 tokens", SMOL, (8, 1, 8), {}),
+        ("wave, whole prompt of 56, 2 samples", SMOL, (56, 1, 2), dict(positions="prompt")),
+        ("wave, 6 + 1 tokens, Qwen2.5-Coder-0.5B's shape", CODER, (6, 1), {}),
+    ],
+)
+def test_wave(name, shape, size, settings, interleaved, row, pytestconfig):
+    """Pointwise scores of all layers together, against each layer's own replay (tests/slow_pointwise.py): 4 nodes,
+    SmolLM2's shape, random weights. Of the search alone: the weights are hashed once for all calls."""
+    if name != "wave, 6 + 1 tokens" and not pytestconfig.getoption("locate_full"):
+        pytest.skip("a baseline of half a minute: needs --locate-full")
+    model, batch = llama(**shape), text_batch(*size, words=shape["words"])
+    against_layer_by_layer(name, model, batch, interleaved, row, settings)
+
+
+def test_wave_of_vision(vision, interleaved, row, skip_long):
+    model, batch = vision
+    against_layer_by_layer("wave, vision", model, batch, interleaved, row, dict(modality="vision"))
+
+
+def against_layer_by_layer(name, model, batch, interleaved, row, settings):
+    def ours():
+        return locate(model, batch, search="pointwise", residuals="none", **settings)
+
+    def layered():
+        with mock.patch.object(wave.CleanRun, "pointwise", layer_by_layer):
+            return ours()
+
+    with unchanged(model):
+        found, expected = ours().scores, layered().scores
+        off = ((found - expected).abs().amax(2) / expected.abs().amax(2)).max().item()
+        assert off < 1e-4, f"scores off by {off:.1e} of a layer's largest"
+        took = interleaved({"layered": layered, "ours": ours})
+    note = f"{took['layered']:.2f} s / {took['ours']:.3f} s; largest difference {off:.0e}"
+    row(name, took["layered"] / took["ours"], note)
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's peak RSS")
