@@ -123,6 +123,34 @@ def test_any_budget_gives_the_same_scores_and_one_budget_the_same_bits(modality)
         assert torch.equal(found.scores, again.scores)
 
 
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_what_autograd_keeps_is_within_the_budget(modality, monkeypatch):
+    """Of every wave but those of a single copy, as counted, once the model of bytes has been corrected."""
+    qwen, batch, one = captured(modality)
+    settings = dict(modality=modality, positions="all", search="pointwise", n_steps=3, residuals="none")
+    locate(qwen, batch, **settings)
+    weights, seen, score = {p.untyped_storage().data_ptr() for p in qwen.parameters()}, [], wave.Wave.score
+
+    def counted(self, groups, value_of):
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sums = score(self, groups, value_of)
+        seen.append((self.copies, sum(size for place, size in kept.items() if place not in weights)))
+        return sums
+
+    monkeypatch.setattr(wave.Wave, "score", counted)
+    whole = sum(3 * memory.kept(one, layer + 1) for layer in range(one.stack.num_layers)) + memory.kept(one)
+    for share in (0.2, 0.35, 0.5, 0.75, 1):
+        seen.clear()
+        locate(qwen, batch, memory_budget=int(share * whole), **settings)
+        assert all(kept <= 1.1 * share * whole for copies, kept in seen if copies > 1), (share, seen, whole)
+
+
 def test_native_replay_keeps_a_block_more():
     lora = model("gpt2-lora")
     sites = find_sites(lora)
@@ -164,13 +192,14 @@ def test_every_block_is_read_once(monkeypatch):
 
 
 def test_launches_grow_with_the_depth_and_not_with_its_square():
+    """Of a whole call, one sample and one label, 4 nodes; layer by layer these were 81,000 at 36 layers."""
     counts = []
     for layers in (12, 36):
         config = LlamaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2)
         llama = LlamaForCausalLM(config)
-        batch, settings = text_batch(llama, [9], [2]), dict(search="pointwise", n_steps=4, residuals="none")
+        batch, settings = text_batch(llama, [7], [1]), dict(search="pointwise", n_steps=4, residuals="none")
         locate(llama, batch, **settings)  # what a first call asks of a model
         with Calls() as calls:
             locate(llama, batch, **settings)
         counts.append(calls.count)
-    assert counts[1] < 3.2 * counts[0], counts
+    assert counts[1] <= 6000 and counts[1] < 3.2 * counts[0], counts
