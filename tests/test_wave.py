@@ -51,9 +51,20 @@ def test_vision_of_every_family(name, stack, method):
         assert_same(locate(model(name), batch, **settings), slow(model(name), batch, **settings))
 
 
-@pytest.mark.parametrize("objective", ["logprob", "prob", "log_odds", "loss"])
-@pytest.mark.parametrize("positions", ["last_prompt", "answer", "first", "prompt", "all", [[2, 4], [0, 3]]])
 @pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(
+    ("positions", "objective"),
+    [
+        ("last_prompt", "prob"),
+        ("answer", "logprob"),
+        ("answer", "log_odds"),
+        ("first", "loss"),
+        ("prompt", "logprob"),
+        ("all", "prob"),
+        ([[2, 4], [0, 3]], "loss"),
+    ],
+    ids=str,
+)
 def test_positions_objectives_and_padding(positions, objective, padding):
     llama = tiny_llama(torch.float64)
     batch = text_batch(llama, [9, 12], [2, 3], padding)
@@ -191,11 +202,32 @@ def test_every_block_is_read_once(monkeypatch):
     assert [(layer, copies) for layer, copies, grad in seen if grad] == [(1, 3), (2, 6), (3, 9)]
 
 
+def test_a_clean_run_that_did_not_arrive_is_made_anew(monkeypatch):
+    llama = tiny_llama(torch.float64)
+    batch = text_batch(llama, [9, 12], [2, 3])
+    expected, asked = locate(llama, batch, **GAUGED), []
+    monkeypatch.setattr(wave, "_close", lambda *rows: asked.append(rows))
+    assert_same(locate(llama, batch, **GAUGED), expected)
+    assert len(asked) == 1
+
+
+def test_more_rows_than_are_enough_go_into_several_waves(monkeypatch):
+    llama, seen, score = tiny_llama(torch.float64), [], wave.Wave.score
+    monkeypatch.setattr(wave, "ENOUGH", 2 * 3 * 2 * 11)  # two layers of three nodes, two samples of 11 tokens
+    monkeypatch.setattr(wave.Wave, "score", lambda self, **how: (seen.append(self.layers), score(self, **how))[1])
+    batch, settings = text_batch(llama, [9, 9], [2, 3]), dict(positions="all", **GAUGED)
+    found = locate(llama, batch, **settings)
+    assert seen == [range(2, 4), range(2)]
+    monkeypatch.undo()
+    assert_same(found, locate(llama, batch, **settings))
+
+
 def test_launches_grow_with_the_depth_and_not_with_its_square():
     """Of a whole call, one sample and one label, 4 nodes; layer by layer these were 81,000 at 36 layers."""
     counts = []
     for layers in (12, 36):
-        config = LlamaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2)
+        sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+        config = LlamaConfig(num_hidden_layers=layers, **sizes)
         llama = LlamaForCausalLM(config)
         batch, settings = text_batch(llama, [7], [1]), dict(search="pointwise", n_steps=4, residuals="none")
         locate(llama, batch, **settings)  # what a first call asks of a model

@@ -21,6 +21,7 @@ from mipfast.scoring.plan import _close, plan
 from mipfast.scoring.replay import Replay, repeated
 
 FEW = 256  # rows of a copy up to which reading the weights, not arithmetic, is what a clean run of its own costs
+ENOUGH = 2048  # rows of a wave: reading the weights once more for others costs nothing beside their arithmetic
 
 
 class CleanRun:
@@ -39,8 +40,8 @@ class CleanRun:
 
     def run(self) -> None:
         """Past all blocks, if it is not yet."""
-        if not self.known:
-            self._take(clean_states=self.additive)
+        if not self.known and self.additive:
+            self._take(clean_states=True)
         if not self.known:
             self.replay.walk(self.capture.stack.num_layers, self._past_natively)
 
@@ -76,20 +77,21 @@ class CleanRun:
             yield from parts
 
     def waves(self, nodes: torch.Tensor, weights: torch.Tensor, room: float) -> list[Wave]:
-        """All layers at all nodes in as few waves as keep no more than `room` bytes, or one node of one layer."""
+        """All layers at all nodes, in waves of no more rows than are enough, or one layer's, that keep no more than
+        `room` bytes, or one node of one layer."""
         device, stop, waves = self.capture.rows.index.device, self.capture.stack.num_layers, []
         kept = [memory.kept(self.capture, layer + self.additive) for layer in range(stop)]
+        most = max(1, ENOUGH // (len(nodes) * self.capture.tokens))  # layers
         while stop:
             start, left = stop - 1, room - len(nodes) * kept[stop - 1]
-            while start and len(nodes) * kept[start - 1] <= left:
+            while start and stop - start < most and len(nodes) * kept[start - 1] <= left:
                 start -= 1
                 left -= len(nodes) * kept[start]
             fit = max(1, int(min(room / kept[start], len(nodes))))
             for part in zip(nodes.to(device).split(fit), weights.to(device).split(fit), strict=True):
                 waves.append(Wave(self, range(start, stop), *part))
             stop = start
-        rows = self.capture.num_samples * (self.capture.stop - self.capture.start)
-        if len(waves) == 1 and self.additive and rows <= FEW and left >= kept[0]:
+        if len(waves) == 1 and self.additive and self.capture.tokens <= FEW and left >= kept[0]:
             waves[0] = replace(waves[0], rides=True)
         return waves
 
