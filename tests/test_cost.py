@@ -166,19 +166,20 @@ def test_counted_flops_of_vision(monkeypatch):
 
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_a_wave_computes_what_layer_by_layer_does_and_reads_every_block_twice(modality):
-    sizes = dict(prompt=104, answer=24, patches=1024 if modality == "vision" else 0)
-    rule = dict(modality=modality, residuals="none", method="riemann_left")
-    greedy, wave = (
-        estimate(QWEN_3B, **sizes, config=LocateConfig(search=search, n_steps=4, **rule))
-        for search in ("greedy", "pointwise")
-    )
+    def of(search, **size):
+        config = LocateConfig(modality=modality, search=search, residuals="none", method="riemann_left", n_steps=4)
+        return estimate(QWEN_3B, prompt=6, **({"answer": 1, "patches": 16} | size), config=config)
+
+    greedy, wave = of("greedy"), of("pointwise")
     assert wave.flops["search"] == greedy.flops["search"]
     text, tower = QWEN_3B.text, getattr(QWEN_3B, modality)
-    weights = 3 * tower.layers * tower.block + 2 * QWEN_3B.head  # a block's own part in its layer's score is the third
+    weights = (2 * (tower.layers - 1) + tower.layers) * tower.block + 2 * QWEN_3B.head
     if modality == "vision":
         weights += 2 * text.layers * text.block
     assert wave.bytes["search"] == weights * QWEN_3B.element_size
     assert greedy.bytes["search"] > 5 * wave.bytes["search"]
+    many = dict(answer=512) if modality == "text" else dict(patches=1024)  # a layer's rows are enough for a wave
+    assert of("pointwise", **many).bytes == of("greedy", **many).bytes
 
 
 def test_impossible_questions_are_refused():

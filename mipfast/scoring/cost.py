@@ -7,6 +7,7 @@ every layer below; a pointwise one, whose layers walk up together, reads them tw
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from mipfast.model.batch import merge_size
 from mipfast.model.families import auto_class
 from mipfast.model.sites import Stack, find_sites
 from mipfast.scoring.config import LocateConfig
+from mipfast.scoring.wave import ENOUGH
 
 
 @dataclass(frozen=True)
@@ -256,11 +258,17 @@ class _Work:
         weights = (count if read is None else read) * self.shape.head
         self.phases[phase].append((2 * count * rows * self.shape.head, weights * self.shape.element_size))
 
-    def later(self, phase: str, tower: Tower, passes: int, rows: int, keys: int, wave: bool) -> None:
-        """For every layer, `passes` (forward, or forward and backward) over the blocks after it; wave: of all layers
+    def later(self, phase: str, tower: Tower, passes: int, rows: int, keys: int, together: int) -> None:
+        """For every layer, `passes` (forward, or forward and backward) over the blocks after it, so many layers
         together."""
-        read = passes * tower.layers if wave else None
+        read = passes * sum(range(tower.layers - 1, 0, -together))
         self.blocks(phase, tower, passes * tower.layers * (tower.layers - 1) / 2, rows, keys, read)
+
+    def together(self, config: LocateConfig, tower: Tower, rows: int) -> int:
+        """Layers of one wave, of so many rows of a sample each (`wave.CleanRun.waves`, memory permitting)."""
+        if config.search != "pointwise" or config.combine != "sum":
+            return 1
+        return min(tower.layers, max(1, ENOUGH // max(1, rows * self.batch_size)))
 
     def memory(self, copies: int, vision: bool) -> float:
         """The weights, and of every copy what autograd keeps (about 8 hidden-wide and 3 FFN-wide tensors per token and
@@ -296,19 +304,20 @@ def _text(work: _Work, config: LocateConfig) -> int:
     if config.combine == "sum":
         work.blocks("capture", text, text.layers, span, keys)  # the check that blocks only add their FFN's output
     work.blocks("search", text, text.layers, scaled * span, keys)
-    wave = config.search == "pointwise" and config.combine == "sum"
-    work.later("search", text, 2, scaled * span, keys, wave)
-    work.head("search", 2 * text.layers, scaled, 2 if wave else None)
+    together = work.together(config, text, scaled * span)
+    work.later("search", text, 2, scaled * span, keys, together)
+    work.head("search", 2 * text.layers, scaled, 2 * math.ceil(text.layers / together))
     if clean:
         work.blocks("search", text, 2 * text.layers, span, keys)
         work.head("search", 2, 1)
     if config.combine == "sum":
         work.blocks("completeness", text, text.layers, span, keys)
-        work.later("completeness", text, 1, span, keys, wave=True)
+        work.later("completeness", text, 1, span, keys, text.layers)
         work.head("completeness", text.layers, 1, 1)
         if config.search == "greedy":
             work.blocks("completeness", text, text.layers - 1, (scaled + 2 * clean) * span, keys)
-    return scaled * text.layers // 2 if wave else scaled  # a copy keeps the blocks above its layer
+    # a copy keeps the blocks above its layer
+    return math.ceil(scaled * together * (1 - (together - 1) / (2 * text.layers)))
 
 
 def _vision(work: _Work, config: LocateConfig) -> int:
@@ -322,20 +331,20 @@ def _vision(work: _Work, config: LocateConfig) -> int:
         return 0  # its closed form needs the clean run only
     scaled, clean = _rows(config)
     work.blocks("capture", tower, tower.layers, patches, patches)  # the check that blocks only add their FFN's output
-    pointwise = config.search == "pointwise"
-    for passes, rows, phase, wave in ((2, scaled, "search", pointwise), (1, 1, "completeness", True)):
+    most = work.together(config, tower, scaled * patches)
+    for passes, rows, phase, together in ((2, scaled, "search", most), (1, 1, "completeness", tower.layers)):
         work.blocks(phase, tower, tower.layers, rows * patches, patches)
-        work.later(phase, tower, passes, rows * patches, patches, wave)
-        read = passes * text.layers if wave else None
-        work.blocks(phase, text, passes * tower.layers * text.layers, rows * tokens, tokens, read)
-        work.head(phase, passes * tower.layers, rows, passes if wave else None)
+        work.later(phase, tower, passes, rows * patches, patches, together)
+        runs = passes * math.ceil(tower.layers / together)
+        work.blocks(phase, text, passes * tower.layers * text.layers, rows * tokens, tokens, runs * text.layers)
+        work.head(phase, passes * tower.layers, rows, runs)
     if clean:
         work.blocks("search", tower, 2 * tower.layers, patches, patches)
         work.blocks("search", text, 2 * text.layers, tokens, tokens)
         work.head("search", 2, 1)
     if config.search == "greedy":
         work.blocks("completeness", tower, tower.layers - 1, (scaled + 2 * clean) * patches, patches)
-    return scaled * tower.layers if pointwise else scaled
+    return scaled * most
 
 
 def _rows(config: LocateConfig) -> tuple[int, int]:
