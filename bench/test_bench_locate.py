@@ -58,7 +58,7 @@ GOALS = {
     "wave, 13 + 3 tokens": (3, 3.9),
     "wave, 6 + 1 tokens, Qwen2.5-Coder-0.5B's shape": (4, 5),
     "wave, 8 samples of 8 + 1 tokens": (1.5, 1.8),
-    "wave, whole prompt of 56, 2 samples": (1 / 1.05, 1),
+    "wave, whole prompt of 24": (1 / 1.05, 1),
     "wave, vision": (1 / 1.05, 1),
     "Captum, every layer, SmolLM2's shape": (10, 12),
     "memory growth, text": (1 / 4, 1 / 8),
@@ -426,7 +426,7 @@ def test_captum_on_a_real_shape(interleaved, row, skip_long):
         ("wave, 6 + 1 tokens", SMOL, (6, 1), {}),
         ("wave, 13 + 3 tokens", SMOL, (13, 3), {}),
         ("wave, 8 samples of 8 + 1 tokens", SMOL, (8, 1, 8), {}),
-        ("wave, whole prompt of 56, 2 samples", SMOL, (56, 1, 2), dict(positions="prompt")),
+        ("wave, whole prompt of 24", SMOL, (24, 1), dict(positions="prompt")),
         ("wave, 6 + 1 tokens, Qwen2.5-Coder-0.5B's shape", CODER, (6, 1), {}),
     ],
 )
