@@ -23,7 +23,7 @@ slow: $(STAMP)
 	$(PYTEST) -m slow
 
 # what takes a CPU less than 5 minutes; all of it is `pytest bench`
-QUICK := not (test_bench_locate and (vision or captum or memory)) and not (test_bench_misdirect.py and (memory or 32 or all)) and not (test_bench_linear and 512)
+QUICK := not (test_bench_locate and (vision or captum or memory or wave)) and not (test_bench_misdirect.py and (memory or 32 or all)) and not (test_bench_linear and 512)
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-columns=min,median,rounds -k '$(QUICK)'
 
