@@ -109,17 +109,20 @@ def captured(modality, samples=2):
 def test_waves_keep_to_the_budget_and_leave_nothing_out(modality):
     clean = wave.CleanRun(captured(modality)[2])
     clean.run()
-    layers, nodes, weights = clean.capture.stack.num_layers, torch.linspace(0, 0.9, 5), torch.arange(5.0)
+    layers, nodes = clean.capture.stack.num_layers, torch.linspace(0, 0.9, 5)
     whole = sum(5 * memory.kept(clean.capture, layer + 1) for layer in range(layers))
     counts = []
     for share in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1):
-        waves = clean.waves(nodes, weights, share * whole)
+        waves = clean.waves([nodes] * layers, share * whole)
         counts.append(len(waves))
         for one in waves:
-            kept = sum(len(one.nodes) * memory.kept(clean.capture, layer + 1) for layer in one.layers)
+            kept = sum(
+                len(own) * memory.kept(clean.capture, at + 1) for at, own in zip(one.layers, one.nodes, strict=True)
+            )
             assert kept <= share * whole + 1e-3 or one.copies == 1
-        places = [(layer, float(w)) for one in waves for layer in one.layers for w in one.weights]
-        assert sorted(places) == [(layer, float(w)) for layer in range(layers) for w in range(5)]
+        pairs = ((layer, own) for one in waves for layer, own in zip(one.layers, one.nodes, strict=True))
+        places = [(layer, float(node)) for layer, own in pairs for node in own]
+        assert sorted(places) == [(layer, float(node)) for layer in range(layers) for node in nodes]
     assert counts == sorted(counts, reverse=True) and counts[0] == 5 * layers and counts[-1] == 1
 
 
@@ -142,7 +145,7 @@ def test_what_autograd_keeps_is_within_the_budget(modality, monkeypatch):
     locate(qwen, batch, **settings)
     weights, seen, score = {p.untyped_storage().data_ptr() for p in qwen.parameters()}, [], wave.Wave.score
 
-    def counted(self, groups, value_of):
+    def counted(self, value_of):
         kept = {}
 
         def pack(tensor):
@@ -150,7 +153,7 @@ def test_what_autograd_keeps_is_within_the_budget(modality, monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            sums = score(self, groups, value_of)
+            sums = score(self, value_of)
         seen.append((self.copies, sum(size for place, size in kept.items() if place not in weights)))
         return sums
 
@@ -167,7 +170,7 @@ def test_native_replay_keeps_a_block_more():
     sites = find_sites(lora)
     clean = wave.CleanRun(capture(lora, sites, sites.text, text("gpt2-lora"), "all"))
     assert not clean.additive
-    (one,) = clean.waves(torch.tensor([0.5]), torch.ones(1), sum(memory.kept(clean.capture, i) for i in range(3)) + 1)
+    (one,) = clean.waves([torch.tensor([0.5])] * 3, sum(memory.kept(clean.capture, i) for i in range(3)) + 1)
     assert one.layers == range(3)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from mipfast.errors import DivergedError
 from mipfast.files import load_artefact, save_artefact
+from mipfast.scoring.capture import Capture
+from mipfast.scoring.config import LocateConfig
 
 
 @dataclass(eq=False)
@@ -36,7 +38,17 @@ class Attribution:
     counterfactual) and number of counterfactuals; sign of the objective; completeness residuals [n][L] (None where not
     measured); layers_without_gradient, those that have none in any sample, and without_gradient, of every sample its
     layers; labels per sample; self_check, the relative difference to plain autograd on the first samples, in one layer
-    at one node (None where it could not be taken: out of memory)."""
+    at one node (None where it could not be taken: out of memory). With tol also nodes [n][L], unconverged, the [sample,
+    layer] whose error is above tol, and margins [n][L]: the k-th score minus the next over the error of the scores;
+    below 1 the choice of the path is not settled."""
+    error: torch.Tensor = field(default=None)  # type: ignore[assignment]  # as wide as the scores
+    """[n,L] float32: estimate of ||scores - s*|| over ||scores||, or over a thousandth of the sample's largest layer's
+    where that is larger; s* the integral that the nodes stand for, along the path that this call chose. NaN for a fixed
+    rule."""
+
+    def __post_init__(self) -> None:
+        if self.error is None:
+            self.error = torch.full(self.scores.shape[:2], torch.nan)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the scores and the path, attribution.safetensors, and the report, attribution.json.
@@ -44,7 +56,8 @@ class Attribution:
         Args:
             folder: made where it is not there; an attribution in it is replaced.
         """
-        save_artefact(folder, "attribution", {"scores": self.scores, "path": self.path}, self.report)
+        tensors = {"scores": self.scores, "path": self.path, "error": self.error}
+        save_artefact(folder, "attribution", tensors, self.report)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Attribution:
@@ -60,7 +73,8 @@ class Attribution:
             ArtefactError: for a missing or damaged file.
         """
         tensors, report = load_artefact(folder, "attribution", tensors=("scores", "path"), facts=("stack", "config"))
-        return cls(tensors["scores"], tensors["path"], report)
+        scores = tensors["scores"]
+        return cls(scores, tensors["path"], report, tensors.get("error", torch.full(scores.shape[:2], torch.nan)))
 
 
 def strongest(score: torch.Tensor, top_k: int, stack: str, first: int, dtype: torch.dtype) -> torch.Tensor:
@@ -70,6 +84,16 @@ def strongest(score: torch.Tensor, top_k: int, stack: str, first: int, dtype: to
         layer = first + int((~finite).any(2).any(0).int().argmax())
         raise DivergedError(f"scores of {stack} layer {layer} are not finite; try a wider dtype than {dtype}")
     return score.sort(dim=2, descending=True, stable=True).indices[..., :top_k]
+
+
+def chosen(
+    captured: Capture, config: LocateConfig, s1: torch.Tensor, s2: torch.Tensor, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores [n,L,F], path [n,L,k]) of layers `first` and on, from the sums over nodes [n,L,F]."""
+    score = s1 if config.score == "igi" else s2
+    path = strongest(score, config.top_k, captured.stack.name, first, captured.outputs[0].dtype)
+    # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
+    return score, path.masked_fill(((s1 == 0) & (s2 == 0)).all(2, keepdim=True), -1)
 
 
 def per_label(attribution: Attribution) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,7 +51,7 @@ class Capture:
     labels: Labels
     rows: Rows
     token_sample: torch.Tensor
-    activations: list[torch.Tensor]
+    activations: Sequence[torch.Tensor]
     outputs: list[torch.Tensor]
     logits: torch.Tensor
     recording: Recording | None
@@ -59,7 +59,7 @@ class Capture:
     extra_outputs: tuple | None
     checked: set[str]
     prefix: Prefix | None = None
-    baseline: list[torch.Tensor] | None = None
+    baseline: Sequence[torch.Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -74,6 +74,81 @@ class Capture:
         """Whether the chosen rows are all tokens, in their order."""
         index = self.rows.index
         return len(index) == self.tokens and bool((index.diff() == 1).all())
+
+    @cached_property
+    def divisible(self) -> bool:
+        """Whether every sample has its own place in all arguments and as many tokens, so that `of` can take it."""
+        n = self.num_samples
+        own = torch.arange(n, device=self.token_sample.device).repeat_interleave(self.tokens // n)
+        return self.token_sample.equal(own) and all(_divisible(name, value, n) for name, value in self.kwargs.items())
+
+    def of(self, samples: torch.Tensor) -> Capture:
+        """The capture of a batch of these samples [s], which may repeat; of logits and outputs it keeps this one's."""
+        tokens, starts = self.tokens // self.num_samples, torch.arange(len(samples), device=samples.device)
+        rows = self.rows_of(samples)
+        slot = starts.repeat_interleave(self._row_counts[samples])
+        index = self.rows.index[rows] + (slot - self.rows.sample[rows]) * tokens
+        labels = (part[samples.to(part.device)] for part in (self.labels.index, self.labels.target, self.labels.mask))
+        return replace(
+            self,
+            kwargs={name: _of(name, value, samples, self.num_samples) for name, value in self.kwargs.items()},
+            labels=Labels(*labels),
+            rows=Rows(slot, index),
+            token_sample=starts.repeat_interleave(tokens),
+            activations=OfRows(self.activations, rows),
+            prefix=self.prefix and replace(self.prefix, samples=samples if self.num_samples > 1 else None),
+            baseline=None if self.baseline is None else OfRows(self.baseline, rows),
+        )
+
+    def rows_of(self, samples: torch.Tensor) -> torch.Tensor:
+        """The chosen rows of these samples [s], one sample after the other."""
+        counts = self._row_counts
+        ends, mine = counts.cumsum(0), counts[samples]
+        first = (ends - counts)[samples] - (mine.cumsum(0) - mine)
+        return first.repeat_interleave(mine) + torch.arange(int(mine.sum()), device=samples.device)
+
+    @cached_property
+    def _row_counts(self) -> torch.Tensor:
+        return torch.bincount(self.rows.sample, minlength=self.num_samples)
+
+
+class OfRows(Sequence[torch.Tensor]):
+    """Some rows of every layer's tensor, taken when they are asked for: many samples' at once would be large."""
+
+    def __init__(self, layers: Sequence[torch.Tensor], rows: torch.Tensor):
+        self._layers, self._rows = layers, rows
+
+    def __getitem__(self, layer: Any) -> Any:
+        return self._layers[layer][self._rows]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _divisible(name: str, value: Any, n: int) -> bool:
+    """Whether a decoder's argument has a place for each of n samples, or serves them all."""
+    if isinstance(value, dict):
+        return all(_divisible(key, item, n) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_divisible(name, item, n) for item in value)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
+        return True
+    size = value.shape[families.BATCH_DIM.get(name, 0)]
+    return size == n or (name in families.ONE_FOR_ALL and size == 1)
+
+
+def _of(name: str, value: Any, samples: torch.Tensor, n: int) -> Any:
+    """A divisible argument of n samples for these samples."""
+    if isinstance(value, dict):
+        return {key: _of(key, item, samples, n) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_of(name, item, samples, n) for item in value)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
+        return value
+    dim = families.BATCH_DIM.get(name, 0)
+    if name in families.ONE_FOR_ALL and value.shape[dim] == 1 and n > 1:
+        return value
+    return value.index_select(dim, samples.to(value.device))
 
 
 def capture(

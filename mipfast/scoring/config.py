@@ -17,6 +17,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "vision": {"score": "ifi", "positions": "all", "method": "gaussradau", "n_steps": 2},
 }
 ONE_PASS: dict[str, Any] = {"method": "gaussradau", "n_steps": 1}  # its one node is the clean run of every layer
+MAX_NODES = 129  # the first layer of three language models asks for 40 to 70
 # The settings of the released code, and what may differ from them.
 RELEASED: dict[str, Any] = {
     "positions": "first",
@@ -51,6 +52,11 @@ class LocateConfig:
     positions: Positions | None = None
     """Rows that are scaled: last_prompt, answer, first, prompt, all, or indices; of pictures all, first, or indices.
     None is last_prompt for text, all for vision."""
+    tol: float | None = None
+    """Error of a layer's scores, relative to their 2-norm, to which nodes are added where they are needed.
+    See docs/search.md; only with the sum, and without n_steps and method, which are a fixed rule."""
+    max_nodes: int | None = None
+    """With tol: nodes of a layer and sample at which to give up, and say so; None is 129."""
     n_steps: int | None = None
     """Nodes of the quadrature; None is 4 for text, 2 for vision."""
     method: str | None = None
@@ -88,7 +94,12 @@ class LocateConfig:
                     f"search='one-pass' with {', '.join(other)}; it has the one node alpha = 1, and combine='sum': "
                     "leave these fields open, or use search='pointwise'"
                 )
-        quadrature(config["method"], config["n_steps"])
+        if self.tol is None:
+            quadrature(config["method"], config["n_steps"])
+        else:
+            self._check_tol()
+        if self.max_nodes is not None and (self.tol is None or self.max_nodes < 5):
+            raise InputError(f"max_nodes={self.max_nodes}; expected at least 5, and tol with it")
         check_name(config["positions"], TEXT_POSITIONS if self.modality == "text" else VISION_POSITIONS)
         if self.combine == "product" and config["score"] == "ifi":
             raise InputError("combine='product' multiplies gradients and activations, score='ifi' has none: use 'igi'")
@@ -113,6 +124,19 @@ class LocateConfig:
         """The same with the modality's defaults in the fields that were left open."""
         return replace(self, **self._open())
 
+    def _check_tol(self) -> None:
+        assert self.tol is not None
+        if not 0 < self.tol < 1:
+            raise InputError(f"tol={self.tol}; expected a number between 0 and 1, such as 0.01")
+        given = {"n_steps": self.n_steps, "method": self.method}
+        if other := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
+            raise InputError(f"tol={self.tol} with {', '.join(other)}, a fixed rule; leave one of them out")
+        if self.combine != "sum" or self.search == "one-pass":
+            raise InputError(
+                f"tol={self.tol} with combine={self.combine!r}, search={self.search!r}; it controls the integrals of "
+                "combine='sum' in a greedy or pointwise search: leave tol out"
+            )
+
     def rule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(nodes, weights) of the quadrature, see `quadrature`."""
         config = vars(self) | self._open()
@@ -121,4 +145,6 @@ class LocateConfig:
     def _open(self) -> dict[str, Any]:
         """What the fields that were left open mean."""
         defaults = DEFAULTS[self.modality] | (ONE_PASS if self.search == "one-pass" else {})
+        if self.tol is not None:
+            defaults = defaults | {"n_steps": None, "method": None, "max_nodes": MAX_NODES}
         return {name: value for name, value in defaults.items() if getattr(self, name) is None}

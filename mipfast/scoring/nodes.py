@@ -108,6 +108,10 @@ class NodeGroup:
         """Past the next block: clean activations, the path's [R,k] entries times alpha."""
         raise NotImplementedError
 
+    def _of_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """[m,R,...]: of every copy, what is the same at every alpha."""
+        return rows.expand(self.replay.copies, *rows.shape)
+
     def _moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """States that depend on alpha through the path, as leaves, and their tangents."""
         pairs = zip(self.replay.states, self.replay.tangents, strict=True)
@@ -129,13 +133,11 @@ class HookedNodes(NodeGroup):
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
         grad, along = self.gradients(act, value_of)
-        if grad is None:
-            return None, along
-        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups), along
+        return (None if grad is None else self._summed(grad, act, groups)), along
 
     def gradients(self, act: torch.Tensor, value_of: Objective) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(dF/da of the next block [m,R,F] or None, dF along the carried tangents [m,n])."""
-        leaf = ops.riemann_interpolate(act, self.alphas.to(act.device)).requires_grad_()
+        leaf = self._scaled(act, None).requires_grad_()
         moving = self._moving()
         with torch.enable_grad():
             value = value_of(self.replay.run(leaf))
@@ -144,11 +146,17 @@ class HookedNodes(NodeGroup):
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         if path is None:
-            self.replay.advance(act.expand(self.replay.copies, *act.shape), None)
+            self.replay.advance(self._of_all(act), None)
             return
-        values = ops.riemann_interpolate(act, self.alphas.to(act.device), neurons=path)
-        tangent = _on_path(act, path).repeat(len(values), 1, 1) if self.carry else None
-        self.replay.advance(values, tangent)
+        tangent = self._of_all(_on_path(act, path)).contiguous() if self.carry else None
+        self.replay.advance(self._scaled(act, path), tangent)
+
+    def _scaled(self, act: torch.Tensor, path: torch.Tensor | None) -> torch.Tensor:
+        """[m,R,F]: the path's activations, or all, times alpha."""
+        return ops.riemann_interpolate(act, self.alphas.to(act.device), neurons=path)
+
+    def _summed(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
+        return ops.riemann_accumulate(grad, self.weights.to(act.device), act=act, groups=groups)
 
 
 class ResidualNodes(NodeGroup):
@@ -156,7 +164,7 @@ class ResidualNodes(NodeGroup):
     to its output."""
 
     def score(self, act: torch.Tensor, groups: int | None, value_of: Objective) -> tuple[Sums | None, torch.Tensor]:
-        state = self._scaled(act).requires_grad_()
+        state = self.replay.add_rows(self.baseline_output(), self._contributed(act, None)).requires_grad_()
         earlier = self._moving()
         with torch.enable_grad():
             self.replay.push(state, None)
@@ -169,24 +177,20 @@ class ResidualNodes(NodeGroup):
         along = self._along(state_grads, tangents, value)
         if grad is None:
             return None, along
-        return self._project(self.replay.at_rows(grad), act, groups), along
+        return self._summed(self.replay.at_rows(grad), act, groups), along
 
     def baseline_output(self) -> torch.Tensor:
         self._output, self._d_output = self.replay.baseline_output(carry=self._carries())
         return self._output
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
-        weight = self._weight()
         assert path is not None  # a joint search without a path has HookedNodes
-        state = self.replay.add_rows(
-            self._output, ops.riemann_project(act, weight, self.alphas.to(act.device), neurons=path)
-        )
+        state = self.replay.add_rows(self._output, self._contributed(act, path))
         self.replay.push(state, self._tangent(act, path))
 
-    def _scaled(self, act: torch.Tensor) -> torch.Tensor:
-        """The next block's output with its neurons at alpha times their clean value."""
-        state = self.baseline_output()
-        return self.replay.add_rows(state, ops.riemann_project(act, self._weight(), self.alphas.to(act.device)))
+    def _contributed(self, act: torch.Tensor, path: torch.Tensor | None) -> torch.Tensor:
+        """[m,R,H]: what the next block's neurons add to its output, the path's of them, or all, at alpha."""
+        return ops.riemann_project(act, self._weight(), self.alphas.to(act.device), neurons=path)
 
     def _carries(self) -> bool:
         return any(tangent is not None for tangent in self.replay.tangents)
@@ -195,10 +199,10 @@ class ResidualNodes(NodeGroup):
         """d output / d alpha: what the earlier path moves, and this block's path neurons."""
         if not self.carry:
             return None
-        own = (_on_path(act, path) @ self._weight().T).expand(self.replay.copies, -1, -1)
+        own = self._of_all(_on_path(act, path) @ self._weight().T)
         return self.replay.add_rows(torch.zeros_like(self._output) if self._d_output is None else self._d_output, own)
 
-    def _project(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
+    def _summed(self, grad: torch.Tensor, act: torch.Tensor, groups: int | None) -> Sums:
         return ops.project_accumulate(grad, self._weight(), self.weights.to(act.device), act=act, groups=groups)
 
     def _weight(self) -> torch.Tensor:
@@ -230,7 +234,7 @@ class CleanNode(ResidualNodes):
         pairs = zip([*self._taps[:layer], grad], [*self.replay.tangents, self._d_output], strict=True)
         moved = [(g, tangent) for g, tangent in pairs if tangent is not None]
         along = self._along([g for g, _ in moved], [tangent for _, tangent in moved], act)
-        return (None if grad is None else self._project(self.replay.at_rows(grad), act, groups)), along
+        return (None if grad is None else self._summed(self.replay.at_rows(grad), act, groups)), along
 
     def advance(self, act: torch.Tensor, path: torch.Tensor | None) -> None:
         assert path is not None
@@ -259,7 +263,8 @@ def staggered_values(clean: Replay, starts: list[torch.Tensor], copies: int, val
     """F [L,n] of a copy that leaves `clean` at each block with its start, up to copies of them in one pass."""
     every = range(len(starts))
     with torch.no_grad():
-        passes = [clean.staggered(every[i : i + copies], 1, starts.__getitem__) for i in every[::copies]]
+        parts = [every[i : i + copies] for i in every[::copies]]
+        passes = [clean.staggered(part, [1] * len(part), starts.__getitem__) for part in parts]
         return torch.cat([value_of(logits).view(-1, clean.capture.num_samples) for logits in passes])
 
 

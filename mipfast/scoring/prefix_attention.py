@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,11 +58,23 @@ class Recording:
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """Tokens start..stop run again; layers[module]: keys and values [n,heads,start,d], mask [n or
-    1,1,stop-start,stop]."""
+    1,1,stop-start,stop]. samples: of every sequence that runs; None for copies of the whole batch."""
 
     start: int
     stop: int
     layers: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]
+    samples: Tensor | None = None
+
+    @cached_property
+    def places(self) -> Tensor | None:
+        """Of the sequences among copies of the whole batch, as few as hold them."""
+        if self.samples is None:
+            return None
+        n, later = len(next(iter(self.layers.values()))[0]), torch.arange(len(self.samples), device=self.samples.device)
+        order = self.samples.argsort(stable=True)
+        counts = torch.bincount(self.samples, minlength=n)
+        copy = later - (counts.cumsum(0) - counts)[self.samples[order]]
+        return torch.empty_like(order).index_copy_(0, order, copy * n + self.samples[order])
 
 
 class UnsupportedAttention(Exception):
@@ -101,7 +114,10 @@ def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         clean_key, clean_value, mask = prefix.layers[module]
-        return _attend(query, key, value, mask, clean_key, clean_value, **kwargs), None
+        if prefix.samples is not None and len(mask) > 1:
+            mask = mask[prefix.samples]
+        given = (mask, clean_key, clean_value, prefix.samples, prefix.places)
+        return _attend(query, key, value, *given, **kwargs), None
 
     with replaced_attention([decoder.config], NAME, attend):
         yield
@@ -114,6 +130,8 @@ def _attend(
     mask: Tensor,
     clean_key: Tensor | None,
     clean_value: Tensor | None,
+    samples: Tensor | None = None,
+    places: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -121,22 +139,25 @@ def _attend(
     **ignored: Any,
 ) -> Tensor:
     """Softmax attention [m·n,S',heads,d] of suffix queries [m·n,heads,S',d] over the clean prefix (shared by the m
-    copies) and their own suffix keys. mask [n or 1,1,S',S] is added to the scores; sliding_window is in it already."""
+    copies) and their own suffix keys. mask [n or 1,1,S',S] is added to the scores; sliding_window is in it already.
+    With samples [rows] there are as many queries, keys and masks, and places [rows] among m copies of the batch."""
     if any(ignored.get(name) is not None for name in families.UNKNOWN_TO_PREFIX):
         raise UnsupportedAttention(f"attention sinks or biases: {sorted(ignored)}")
     rows, heads, length, width = query.shape
     n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]
-    m, group = rows // n, heads // shared
+    m, group = (rows // n if places is None else int(places.max()) // n + 1), heads // shared
     scaling = scaling if scaling is not None else width**-0.5
     before = clean_key.shape[2] if clean_key is not None else 0
     if softcap is None and (clean_key is None or before <= length and length >= TORCH_FROM):
         # a prefix no longer than the suffix may be copied: torch's fused attention keeps no [S',S] weights
         mask = mask.to(query.dtype)
-        if len(mask) > 1:
+        if len(mask) > 1 and samples is None:
             mask = mask.repeat(m, 1, 1, 1)
         if clean_key is not None and clean_value is not None:
-            key = torch.cat([clean_key.repeat(m, 1, 1, 1), key], 2)
-            value = torch.cat([clean_value.repeat(m, 1, 1, 1), value], 2)
+            before_key, before_value = (
+                x.repeat(m, 1, 1, 1) if samples is None else x[samples] for x in (clean_key, clean_value)
+            )
+            key, value = torch.cat([before_key, key], 2), torch.cat([before_value, value], 2)
         if group > 1 and query.is_cuda:  # none of its fused kernels takes a mask and grouped heads together
             key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=group > 1)
@@ -145,20 +166,32 @@ def _attend(
     scores = q.flatten(2, 3) @ key.transpose(-1, -2)
     scores = scores.view(rows, shared, group, length, -1)
     if clean_key is not None and before:
-        over_prefix = _regroup(q, m, n) @ clean_key.transpose(-1, -2)
-        scores = torch.cat([_ungroup(over_prefix, m, n, group, length), scores], -1)
+        over_prefix = _over_prefix(q, clean_key.transpose(-1, -2), m, n, places)
+        scores = torch.cat([over_prefix, scores], -1)
     scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = (scores.unflatten(0, (m, n)) + mask[:, :, None]).flatten(0, 1)
+    if samples is None:
+        scores = (scores.unflatten(0, (m, n)) + mask[:, :, None]).flatten(0, 1)
+    else:
+        scores = scores + mask[:, :, None]
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     weights = scores.softmax(-1, dtype=wide).to(value.dtype)
     over_prefix, own = weights.split([before, key.shape[2]], -1)
     out = (own.flatten(2, 3) @ value).view(rows, shared, group, length, -1)
     if before:
         assert clean_value is not None
-        out = out + _ungroup(_regroup(over_prefix, m, n) @ clean_value, m, n, group, length)
+        out = out + _over_prefix(over_prefix, clean_value, m, n, places)
     return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
+
+
+def _over_prefix(x: Tensor, clean: Tensor, m: int, n: int, places: Tensor | None) -> Tensor:
+    """The product of x [rows,shared,group,S',x] with what every sample has once, clean [n,shared,x,y]."""
+    group, length = x.shape[2:4]
+    if places is not None:
+        x = x.new_zeros(m * n, *x.shape[1:]).index_copy(0, places, x)
+    found = _ungroup(_regroup(x, m, n) @ clean, m, n, group, length)
+    return found if places is None else found[places]
 
 
 def _regroup(x: Tensor, m: int, n: int) -> Tensor:

@@ -13,7 +13,7 @@ advances for free. `plan` tries which of them is exact.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from typing import Any
@@ -64,17 +64,17 @@ class Replay:
     def staggered(
         self,
         layers: range,
-        copies: int,
+        copies: Sequence[int],
         start_of: Callable[[int], torch.Tensor],
         ride: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
-        """Logits [m·n,q,V] of m copies that leave this single one at block after block, `copies` of them at each of
+        """Logits [m·n,q,V] of m copies that leave this single one at block after block, so many of them at each of
         these layers: start_of(layer) is what its block returns to them. From there on they run together, so that every
         block is read once; before it they are this copy, which is past all these blocks. Or it gets there on the way:
         with ride it runs along through all blocks, and ride(layer, output with the neurons at their baseline) is to
         take it past each. That asks for `sizes`, see `measure_calls`."""
         blocks, own = self.capture.stack.blocks, 1 if ride else 0
-        wave = Replay(self.capture, own + copies * len(layers))
+        wave = Replay(self.capture, own + sum(copies))
         wave.states = self.states[: layers.start]
         with ExitStack() as patches:
             for layer in range(layers.start, len(blocks) if ride else layers.stop):
@@ -89,7 +89,7 @@ class Replay:
         self,
         wave: Replay,
         layers: range,
-        copies: int,
+        copies: Sequence[int],
         start_of: Callable[[int], torch.Tensor],
         ride: Callable[[int, torch.Tensor], None] | None,
         layer: int,
@@ -100,7 +100,7 @@ class Replay:
     ) -> Any:
         """A block of the wave: those that left before run, others join them, the rest wait in this copy's state."""
         call, parts = _state_first(args, kwargs), []
-        if running := (1 if ride else 0) + copies * (min(layer, layers.stop) - layers.start):
+        if running := (1 if ride else 0) + sum(copies[: layer - layers.start]):
             args, kwargs = _first_copies(call, self.sizes[layer], running, wave.copies)
             with ExitStack() as patches:
                 if ride:
@@ -114,7 +114,7 @@ class Replay:
             parts.append(state)
         if layer in layers:
             parts.append(start_of(layer))
-        waiting = copies * max(layers.stop - 1 - layer, 0)
+        waiting = sum(copies[layer + 1 - layers.start :])
         return wave._output(torch.cat([*parts, *[self.states[layer]] * waiting]), call[0][0])
 
     def measure_calls(self) -> None:
@@ -177,8 +177,8 @@ class Replay:
         return self._block(nothing, torch.zeros_like(nothing) if carry else None)
 
     def _baseline(self, layer: int) -> torch.Tensor:
-        act = self.capture.activations[layer]
-        if self._nothing is None or self._nothing.shape[1:] != act.shape:
+        if self._nothing is None:
+            act = self.capture.activations[layer]
             self._nothing = act.new_zeros(self.copies, *act.shape)
         return self._nothing
 

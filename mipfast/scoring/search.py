@@ -25,8 +25,8 @@ from mipfast.model.batch import Batch, Labels
 from mipfast.model.patching import frozen_eval, lock_of, unwrapped
 from mipfast.model.remembered import remembered
 from mipfast.model.sites import Sites, Stack, find_sites
-from mipfast.scoring import memory
-from mipfast.scoring.attribution import Attribution, strongest
+from mipfast.scoring import adaptive, memory
+from mipfast.scoring.attribution import Attribution, chosen
 from mipfast.scoring.capture import NATIVE, Capture, capture, with_baseline
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.joint import joint_search, released_vision
@@ -89,7 +89,7 @@ def locate(
         tensor(True)
     """
     config = configured(LocateConfig, config, overrides).resolved()
-    nodes, weights = config.rule()
+    nodes, weights = config.rule() if config.tol is None else (torch.tensor([0.5]), torch.ones(1))
     sites = find_sites(model)
     stack = choose_stack(sites, config)
     model = unwrapped(model)
@@ -114,11 +114,11 @@ def locate(
                 raise InputError(f"batch {len(parts)}: {error}") from error
         if not parts:
             raise InputError("no batch to locate on: the iterable was empty")
-        scores, path, residuals, counts = _concatenated(parts)
-        dead = path[:, :, 0] < 0
+        found = _concatenated(parts)
+        dead = found.path[:, :, 0] < 0
     return Attribution(
-        scores,
-        path,
+        found.scores,
+        found.path,
         {
             "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
             "approximate": config.search == "one-pass",
@@ -127,14 +127,16 @@ def locate(
             "stack": stack.name,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
-            "residuals": residuals,
-            "num_labels": counts.tolist(),
+            "residuals": found.residuals,
+            "num_labels": found.counts.tolist(),
+            **_quality(found, config),
             "layers_without_gradient": dead.all(0).nonzero().flatten().tolist(),
             "without_gradient": [one.nonzero().flatten().tolist() for one in dead],
             "self_check": off,
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
+        found.error,
     )
 
 
@@ -187,8 +189,26 @@ def choose_stack(sites: Sites, config: LocateConfig) -> Stack:
     return sites.vision[0]
 
 
-# scores [n,L,F], path [n,L,k], residuals [n][L], labels per sample [n]
-Located = tuple[torch.Tensor, torch.Tensor, list[list[float] | None], torch.Tensor]
+@dataclass(frozen=True)
+class Located:
+    """Of n samples: scores [n,L,F], path [n,L,k], labels [n], relative error of the scores [n,L], how far the k-th
+    score lies above the next in terms of the error [n,L], nodes [n,L] (NaN and -1 where a fixed rule does not tell),
+    residuals [n][L]."""
+
+    scores: torch.Tensor
+    path: torch.Tensor
+    counts: torch.Tensor
+    error: torch.Tensor
+    margin: torch.Tensor
+    nodes: torch.Tensor
+    residuals: list[list[float] | None]
+
+    @classmethod
+    def by_fixed_rule(
+        cls, scores: torch.Tensor, path: torch.Tensor, residuals: list[list[float] | None], counts: torch.Tensor
+    ) -> Located:
+        untold = torch.full(scores.shape[:2], torch.nan)
+        return cls(scores, path, counts, untold, untold, torch.full_like(untold, -1, dtype=torch.int64), residuals)
 
 
 @dataclass(frozen=True)
@@ -283,9 +303,14 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
 
 def _concatenated(parts: list[Located]) -> Located:
     """The results of several batches as one, their samples in order."""
-    scores, paths, residuals, counts = zip(*parts, strict=True)
-    rows = [row for part in residuals for row in part]
-    return torch.cat(scores), torch.cat(paths), rows, torch.cat(counts)
+
+    def together(name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    tensors = (together(name) for name in ("scores", "path", "counts", "error", "margin", "nodes"))
+    scores, path, counts, error, margin, nodes = tensors
+    rows = [row for part in parts for row in part.residuals]
+    return Located(scores, path, counts, error, margin, nodes, rows)
 
 
 def _joint(
@@ -307,7 +332,7 @@ def _joint(
             greedy=config.search == "greedy",
             released=released,
         )
-    return scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu()
+    return Located.by_fixed_rule(scores, path, [None] * captured.num_samples, captured.labels.mask.sum(1).cpu())
 
 
 def _search(
@@ -318,14 +343,62 @@ def _search(
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective_value(logits, captured.labels, config.objective)
 
+    if config.tol is not None:
+        return _adaptive(captured, config, fitting, measure)
     full, search = value_of(captured.logits), _greedy if config.search == "greedy" else _pointwise
     scores, path, totals, at_zero = search(captured, config, nodes, weights, fitting, measure, value_of)
     residuals: list[Any] = [None] * captured.num_samples
     if at_zero is not None:
-        change = full - at_zero
-        off = (totals - change).abs()
-        residuals = torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
-    return scores.float().cpu(), path.cpu(), residuals, captured.labels.mask.sum(1).cpu()
+        residuals = _residuals(totals, full - at_zero)
+    counts = captured.labels.mask.sum(1).cpu()
+    return Located.by_fixed_rule(scores.float().cpu(), path.cpu(), residuals, counts)
+
+
+def _residuals(totals: torch.Tensor, change: torch.Tensor) -> list[list[float] | None]:
+    """How far totals [L,n] are from the changes of F that they should sum to, relative where these are not small."""
+    off = (totals - change).abs()
+    return torch.where(change.abs() < 1e-3, off, off / change.abs()).T.tolist()
+
+
+def _adaptive(captured: Capture, config: LocateConfig, fitting: int, measure: bool) -> Located:
+    """With as many nodes as every layer of every sample asks for."""
+    search = adaptive.greedy if config.search == "greedy" else adaptive.pointwise
+    scores, path, layers = search(
+        captured, config, fitting, measure, partial(objective_value, objective=config.objective)
+    )
+    residuals: list[Any] = [None] * captured.num_samples
+    if measure:
+        full = objective_value(captured.logits, captured.labels, config.objective)
+        totals = torch.stack([layer.s1.sum(1) + layer.carried for layer in layers])
+        residuals = _residuals(totals, full - torch.stack([layer.at_zero for layer in layers]))
+    norms, off = scores.norm(dim=2), torch.stack([layer.error for layer in layers], 1)
+    floor = adaptive.SMALL * norms.amax(1, keepdim=True)
+    ordered = scores.topk(min(config.top_k + 1, scores.shape[2]), dim=2).values
+    gap = ordered[..., config.top_k - 1] - ordered[..., -1] if ordered.shape[2] > config.top_k else torch.inf
+    return Located(
+        scores.float().cpu(),
+        path.cpu(),
+        captured.labels.mask.sum(1).cpu(),
+        (off / norms.maximum(floor)).nan_to_num(0.0).float().cpu(),
+        (gap / off).nan_to_num(0.0, posinf=torch.finfo(torch.float32).max).float().cpu(),
+        torch.tensor([layer.nodes for layer in layers]).T,
+        residuals,
+    )
+
+
+def _quality(found: Located, config: LocateConfig) -> dict[str, Any]:
+    """What a report says of the quadrature, where its error was controlled."""
+    if config.tol is None:
+        return {}
+    above = (found.error > config.tol).nonzero().tolist()
+    if above:
+        sample, layer = divmod(int(found.error.argmax()), found.error.shape[1])
+        log.warning(
+            "%d of %d layers of samples are not known to tol=%g after %d nodes, sample %d layer %d worst: %.2g; see "
+            "Attribution.error",
+            *(len(above), found.error.numel(), config.tol, config.max_nodes, sample, layer, found.error.max()),
+        )
+    return {"nodes": found.nodes.tolist(), "unconverged": above, "margins": found.margin.tolist()}
 
 
 # scores [n,L,F], path [n,L,k], the layers' part of F(1) - F(0) by the quadrature [L,n], F(0) [L,n] if it was measured
@@ -346,7 +419,7 @@ def _pointwise(
         of_layers.add(layer, part)
     s1, s2 = of_layers.of(range(captured.stack.num_layers))
     at_zero = clean.baseline_values(fitting, value_of) if measure else None
-    return *_chosen(captured, config, s1, s2), s1.sum(2).T, at_zero
+    return *chosen(captured, config, s1, s2), s1.sum(2).T, at_zero
 
 
 def _greedy(
@@ -375,7 +448,7 @@ def _greedy(
                 of_layers.add(layer, part)
         s1, s2 = of_layers.of(range(layer, layer + 1))
         totals.append(s1.sum((1, 2)) + carried)
-        found.append(_chosen(captured, config, s1, s2, layer))
+        found.append(chosen(captured, config, s1, s2, layer))
         path_of_rows = found[-1][1][captured.rows.sample, 0]  # [R,k], the neurons that stay scaled
         if zero_node:
             zero_node.advance(act, path_of_rows)
@@ -384,16 +457,6 @@ def _greedy(
                 group.advance(act, path_of_rows)
     scores, paths = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return scores, paths, torch.stack(totals), zero_node.values(fitting, value_of) if zero_node else None
-
-
-def _chosen(
-    captured: Capture, config: LocateConfig, s1: torch.Tensor, s2: torch.Tensor, first: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores [n,L,F], path [n,L,k]) of layers `first` and on."""
-    score = s1 if config.score == "igi" else s2
-    path = strongest(score, config.top_k, captured.stack.name, first, captured.outputs[0].dtype)
-    # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
-    return score, path.masked_fill(((s1 == 0) & (s2 == 0)).all(2, keepdim=True), -1)
 
 
 class _Sums:

@@ -6,7 +6,7 @@ the batch walks up once. Every block is read twice, where layer by layer it is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,29 +67,54 @@ class CleanRun:
     ) -> Iterator[tuple[int, Sums]]:
         """Every layer's (s1, s2) of ops.riemann_accumulate, in parts that add up; none for a layer without gradient."""
         if self.additive and bool((unit := nodes == 1).any()):
-            one, weight = Replay(self.capture, 1), weights[unit]
-            for layer, gradient in enumerate(one.clean_gradients(value_of)[0]):
-                if gradient is not None:
-                    yield layer, self.sums(layer, one.at_rows(gradient), weight, groups)
+            for one in self.clean_gradients(value_of):
+                if one.grad is not None:
+                    yield one.layer, self.sums(one.layer, one.grad, weights[unit], groups)
             nodes, weights = nodes[~unit], weights[~unit]
-        waves = self.waves(nodes, weights, memory.room(self.capture, budget)) if len(nodes) else []
-        for _, parts in with_oom_halving(waves, partial(Wave.score, groups=groups, value_of=value_of)):
+        if not len(nodes):
+            return
+        device = self.capture.rows.index.device
+        nodes, weights = nodes.to(device), weights.to(device)
+        for one in self.gradients([nodes] * self.capture.stack.num_layers, budget, value_of):
+            if one.grad is not None:
+                own = (
+                    weights if len(one.nodes) == len(nodes) else weights[(one.nodes[:, None] == nodes).int().argmax(1)]
+                )
+                yield one.layer, self.sums(one.layer, one.grad, own, groups)
+
+    def clean_gradients(self, value_of: Objective) -> Iterator[LayerGradient]:
+        """At alpha = 1, where blocks add their FFN's output: of all layers in one pass."""
+        one, full = Replay(self.capture, 1), value_of(self.capture.logits)[None]
+        for layer, gradient in enumerate(one.clean_gradients(value_of)[0]):
+            yield LayerGradient(layer, full.new_ones(1), None if gradient is None else one.at_rows(gradient), full)
+
+    def gradients(self, nodes: Sequence[torch.Tensor], budget: Any, value_of: Objective) -> Iterator[LayerGradient]:
+        """Of every layer at its nodes, in parts."""
+        waves = self.waves(nodes, memory.room(self.capture, budget))
+        for _, parts in with_oom_halving(waves, partial(Wave.score, value_of=value_of)):
             yield from parts
 
-    def waves(self, nodes: torch.Tensor, weights: torch.Tensor, room: float) -> list[Wave]:
-        """All layers at all nodes, in waves of no more rows than are enough, or one layer's, that keep no more than
+    def waves(self, nodes: Sequence[torch.Tensor], room: float) -> list[Wave]:
+        """All layers at their nodes, in waves of no more rows than are enough, or one layer's, that keep no more than
         `room` bytes, or one node of one layer."""
         device, stop, waves = self.capture.rows.index.device, self.capture.stack.num_layers, []
         kept = [memory.kept(self.capture, layer + self.additive) for layer in range(stop)]
-        most = max(1, ENOUGH // (len(nodes) * self.capture.tokens))  # layers
+        moved = {id(one): one.to(device) for one in nodes}
+        nodes = [moved[id(one)] for one in nodes]
         while stop:
-            start, left = stop - 1, room - len(nodes) * kept[stop - 1]
-            while start and stop - start < most and len(nodes) * kept[start - 1] <= left:
-                start -= 1
-                left -= len(nodes) * kept[start]
-            fit = max(1, int(min(room / kept[start], len(nodes))))
-            for part in zip(nodes.to(device).split(fit), weights.to(device).split(fit), strict=True):
-                waves.append(Wave(self, range(start, stop), *part))
+            start = stop - 1
+            left, copies = room - len(nodes[start]) * kept[start], len(nodes[start])
+            while start:
+                more = len(nodes[start - 1])
+                if more * kept[start - 1] > left or (copies + more) * self.capture.tokens > ENOUGH:
+                    break
+                start, left, copies = start - 1, left - more * kept[start - 1], copies + more
+            layers = range(start, stop)
+            if len(layers) == 1:
+                fit = max(1, int(min(room / kept[start], len(nodes[start]))))
+                waves += [Wave(self, layers, (part,)) for part in nodes[start].split(fit)]
+            else:
+                waves.append(Wave(self, layers, tuple(nodes[start:stop])))
             stop = start
         if len(waves) == 1 and self.additive and self.capture.tokens <= FEW and left >= kept[0]:
             waves[0] = replace(waves[0], rides=True)
@@ -113,53 +138,67 @@ class CleanRun:
 
 
 @dataclass(frozen=True)
+class LayerGradient:
+    """A layer's copies at nodes [m]: the gradient [m,R,...] by what its neurons contribute there, or are; None where
+    there is none. values [m,n]: F."""
+
+    layer: int
+    nodes: torch.Tensor
+    grad: torch.Tensor | None
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Wave:
-    """The copies of some layers at some nodes."""
+    """The copies of some layers, each at its nodes."""
 
     clean: CleanRun
     layers: range
-    nodes: torch.Tensor
-    weights: torch.Tensor
+    nodes: tuple[torch.Tensor, ...]
     rides: bool = False  # the clean run is made on the way, if it is not yet
 
     @property
     def copies(self) -> int:
-        return len(self.layers) * len(self.nodes)
+        return sum(map(len, self.nodes))
 
     def halves(self) -> list[Wave]:
         """The same in two waves: of fewer layers, or of fewer nodes of one."""
-        if len(self.layers) > 1:
-            middle = len(self.layers) // 2
-            return [replace(self, layers=part, rides=False) for part in (self.layers[middle:], self.layers[:middle])]
-        middle = len(self.nodes) // 2
-        parts = slice(middle), slice(middle, None)
-        return [replace(self, nodes=self.nodes[i], weights=self.weights[i], rides=False) for i in parts]
+        several = len(self.layers) > 1
+        middle = (len(self.layers) if several else self.copies) // 2
+        first, last = slice(middle), slice(middle, None)
+        if several:
+            return [replace(self, layers=self.layers[i], nodes=self.nodes[i], rides=False) for i in (last, first)]
+        return [replace(self, nodes=(self.nodes[0][i],), rides=False) for i in (first, last)]
 
-    def score(self, groups: int | None, value_of: Objective) -> list[tuple[int, Sums]]:
-        """The sums of its layers that have a gradient."""
-        clean, rides = self.clean, self.rides and not self.clean.known
+    def score(self, value_of: Objective) -> list[LayerGradient]:
+        """What its copies have."""
+        run, rides = self.clean, self.rides and not self.clean.known
         if not rides:
-            clean.run()
-        firsts = [layer + clean.additive for layer in self.layers for _ in self.nodes]
-        with torch.enable_grad(), memory.measured(clean.capture, firsts + [0] * rides):
-            rider = Replay(clean.capture, 1) if rides else None
-            leaves, logits = self._left(rider)
-            if rider and not clean.arrived(rider):
-                return replace(self, rides=False).score(groups, value_of)
-            grads = gradients_of(value_of(logits), leaves)
-        pairs = zip(self.layers, grads, strict=True)
-        return [(layer, clean.sums(layer, grad, self.weights, groups)) for layer, grad in pairs if grad is not None]
+            run.run()
+        firsts = [layer + run.additive for layer, own in zip(self.layers, self.nodes, strict=True) for _ in own]
+        with torch.enable_grad(), memory.measured(run.capture, firsts + [0] * rides):
+            rider = Replay(run.capture, 1) if rides else None
+            leaves, logits = self._run(rider)
+            if rider and not run.arrived(rider):
+                return replace(self, rides=False).score(value_of)
+            values = value_of(logits)
+            grads = gradients_of(values, leaves)
+        of_layers = values.detach().view(-1, run.capture.num_samples).split([len(own) for own in self.nodes])
+        return [LayerGradient(*each) for each in zip(self.layers, self.nodes, grads, of_layers, strict=True)]
 
-    def _left(self, rider: Replay | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _run(self, rider: Replay | None) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(what each layer's neurons contribute, or are, at the nodes: leaves; logits of the copies that left so)."""
-        clean, copies, leaves = self.clean, len(self.nodes), []
-        capture, run, replay = clean.capture, rider or clean.replay, Replay(clean.capture, copies)
-        nodes = torch.cat([self.nodes, self.nodes.new_ones(1 if rider else 0)])
-        nodes = nodes.to(torch.promote_types(capture.outputs[0].dtype, torch.float32))  # once, not by every op
+        run, capture, leaves = rider or self.clean.replay, self.clean.capture, list[torch.Tensor]()
+        wide = torch.promote_types(capture.outputs[0].dtype, torch.float32)
+        replays = {m: Replay(capture, m) for m in {len(of_layer) for of_layer in self.nodes}}
+        nodes: dict[int, torch.Tensor] = {}  # by identity: many layers have the same, which is made once
+        for of_layer in {id(one): one for one in self.nodes}.values():
+            nodes[id(of_layer)] = torch.cat([of_layer, of_layer.new_ones(1 if rider else 0)]).to(wide)
         contributions: list[torch.Tensor] = []
 
         def contribute(layer: int) -> torch.Tensor:
-            return ops.riemann_project(capture.activations[layer], clean.weight(layer), nodes)
+            at = nodes[id(self.nodes[layer - self.layers.start])]
+            return ops.riemann_project(capture.activations[layer], self.clean.weight(layer), at)
 
         def ride(layer: int, output: torch.Tensor) -> None:
             contributions.append(contribute(layer))
@@ -168,16 +207,19 @@ class Wave:
 
         def start_of(layer: int) -> torch.Tensor:
             leaves.append((contributions.pop()[:-1] if rider else contribute(layer)).requires_grad_())
-            return replay.add_rows(run.baseline_outputs[layer], leaves[-1])
+            return replays[len(leaves[-1])].add_rows(run.baseline_outputs[layer], leaves[-1])
 
+        copies = [len(of_layer) for of_layer in self.nodes]
         if rider:
             rider.measure_calls()
             return leaves, rider.staggered(self.layers, copies, start_of, ride)
-        if clean.additive:
+        if self.clean.additive:
             return leaves, run.staggered(self.layers, copies, start_of)
-        starts, replay.states = [], [repeated(state, copies) for state in run.states[: self.layers.start]]
-        for layer in self.layers:
-            leaves.append(ops.riemann_interpolate(capture.activations[layer], self.nodes).requires_grad_())
+        starts = []
+        for layer, of_layer in zip(self.layers, self.nodes, strict=True):
+            replay = replays[len(of_layer)]
+            for state in run.states[len(replay.states) : layer]:
+                replay.states.append(repeated(state, replay.copies))
+            leaves.append(ops.riemann_interpolate(capture.activations[layer], of_layer).requires_grad_())
             starts.append(replay.block_output(leaves[-1]))
-            replay.states.append(repeated(run.states[layer], copies))
         return leaves, run.staggered(self.layers, copies, lambda layer: starts[layer - self.layers.start])
