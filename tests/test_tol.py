@@ -12,7 +12,7 @@ from slow_oracle import oracle
 from tiny import image_batch, split, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import Attribution, InputError, LocateConfig, locate
-from mipfast.scoring import adaptive, memory, quadrature, slots
+from mipfast.scoring import memory, quadrature, slots, wave
 from mipfast.scoring.panels import GRADED, WHOLE, coarsened, error, errors, integral, nodes_of, refined
 
 model = cache(build)
@@ -124,7 +124,6 @@ def five_nodes(monkeypatch):
     """Every layer of every sample at five nodes, and the fixed rule that has the same."""
     boole = np.linspace(0, 1, 5), np.array([7, 32, 12, 32, 7]) / 90
     monkeypatch.setitem(quadrature.RULES, "boole", lambda n: boole)
-    monkeypatch.setattr(adaptive, "GRADED", WHOLE)
     return lambda given: dict(n_steps=5, method="boole") if given else dict(tol=1e-12, max_nodes=5)
 
 
@@ -206,7 +205,14 @@ def test_out_of_memory_goes_on_in_halves(search, monkeypatch, caplog):
             raise torch.OutOfMemoryError
         return scored(self, act)
 
+    def short_of_waves(self, **how):
+        if self.copies > 3:
+            raise torch.OutOfMemoryError
+        return score(self, **how)
+
+    score = wave.Wave.score
     monkeypatch.setattr(slots.Slots, "scored", short)
+    monkeypatch.setattr(wave.Wave, "score", short_of_waves)
     with caplog.at_level(logging.WARNING, "mipfast"):
         found = locate(llama, batch, **settings)
     assert "out of memory: going on with" in caplog.text

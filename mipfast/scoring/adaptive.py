@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +15,10 @@ from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.nodes import with_oom_halving
 from mipfast.scoring.panels import GRADED, WHOLE, Mesh, coarsened, error, errors, integral, nodes_of, refined
 from mipfast.scoring.plan import plan
-from mipfast.scoring.slots import Packing, Slot, Slots, Valued, slot_sums
+from mipfast.scoring.slots import Packing, Slots, Valued, slot_sums
 from mipfast.scoring.wave import CleanRun, LayerGradient
 
+FEW_AT_ONE = 64  # rows of all layers up to which one more node costs less than a pass of its own
 SMALL = 1e-3  # of the largest layer's score: a layer that matters less does not get nodes for its own sake
 # A layer starts from the nodes that would have been enough for the layer below at so many times the tolerance: fewer
 # would ask again more often, more would rarely be needed.
@@ -51,14 +52,15 @@ class Layer:
         for i, (sample, alpha) in enumerate(slots.slots):
             self._known[sample][alpha] = (s1[i], s2[i], along[i], slots.values[i])
 
-    def add_gradient(self, gradient: LayerGradient, clean: CleanRun, packing: Packing) -> None:
+    def add_gradient(self, gradient: LayerGradient, clean: CleanRun) -> None:
         """What a wave found."""
         m, n, act = len(gradient.nodes), len(self._known), clean.capture.activations[gradient.layer]
         if gradient.grad is None:
             s1 = s2 = torch.zeros(m * n, act.shape[1], device=act.device)
         else:
             weight = clean.weight(gradient.layer) if clean.additive else None
-            s1, s2 = slot_sums(gradient.grad, act.repeat(m, 1), weight, packing.counts.repeat(m))
+            counts = torch.bincount(clean.capture.rows.sample, minlength=n)
+            s1, s2 = slot_sums(gradient.grad, act.repeat(m, 1), weight, counts.repeat(m))
         nothing = torch.zeros((), device=act.device)
         for k, alpha in enumerate(gradient.nodes.tolist()):
             for i, known in enumerate(self._known):
@@ -68,17 +70,12 @@ class Layer:
         """Of every sample the nodes that are not known."""
         return [[a for a in nodes_of(mesh) if a not in known] for mesh, known in zip(meshes, self._known, strict=True)]
 
-    def errors(self, meshes: Sequence[Mesh], floors: Sequence[float]) -> tuple[list[list[float]], list[float]]:
-        """(of every sample the estimated errors of its panels, over its score's norm or its floor; these norms)."""
+    def errors(self, meshes: Sequence[Mesh]) -> tuple[list[list[float]], list[float]]:
+        """(of every sample the estimated errors of its panels; norms of the scores)."""
         of_panels = [errors(values, mesh) for values, mesh in self._values(meshes, self._which)]
         norms = torch.stack([integral(values, mesh).norm() for values, mesh in self._values(meshes, self._which)])
-        flat = torch.cat([norms, *of_panels]).tolist()  # one wait for the GPU
-        found, at = [], len(meshes)
-        for norm, floor, panels in zip(flat, floors, of_panels, strict=False):
-            by = max(norm, floor) or 1.0
-            found.append([size / by for size in flat[at : at + len(panels)]])
-            at += len(panels)
-        return found, flat[: len(meshes)]
+        norms, *found = torch.cat([norms, *of_panels]).cpu().split([len(norms), *map(len, of_panels)])  # one wait
+        return [one.tolist() for one in found], norms.tolist()
 
     def integrated(self, meshes: Sequence[Mesh]) -> Integrated:
         """The integrals by these meshes, whose nodes are all known."""
@@ -104,7 +101,7 @@ def greedy(
     route, run = plan(captured, clean_states=True)
     packing = Packing(route, run is not None, fitting, measure, objective)
     clean: list[Slots] = [packing.at_clean(run)] if run else []
-    meshes, largest, groups, paths = [GRADED] * n, [0.0] * n, list[Slots](), list[torch.Tensor]()
+    meshes, largest, groups, paths = [_first(config)] * n, [0.0] * n, list[Slots](), list[torch.Tensor]()
     found, parts = [], []
     for at, act in enumerate(acts):
         layer = Layer(captured, config)
@@ -113,8 +110,18 @@ def greedy(
         score = partial(_scored, layer, captured, at)
         for _ in with_oom_halving(groups, score):
             pass
-        started = partial(packing.started, acts=acts, paths=paths)
-        meshes, relative, norms = _converged(layer, meshes, packing, config, largest, started, score, groups)
+        while True:
+            if slots := packing.asked(layer.missing(meshes)):
+                new = [packing.started(part, acts, paths) for part in packing.packed(slots)]
+                for _ in with_oom_halving(new, score):
+                    pass
+                groups += new
+            of_panels, norms = layer.errors(meshes)
+            relative = _relative(of_panels, norms, largest)
+            finer = _finer(meshes, relative, config)
+            if finer == meshes:
+                break
+            meshes = finer
         largest = [max(pair) for pair in zip(largest, norms, strict=True)]
         found.append(layer.integrated(meshes))
         parts.append(chosen(captured, config, found[-1].s1[:, None], found[-1].s2[:, None], at))
@@ -131,33 +138,30 @@ def greedy(
 def pointwise(
     captured: Capture, config: LocateConfig, fitting: int, measure: bool, objective: Valued
 ) -> tuple[torch.Tensor, torch.Tensor, list[Integrated]]:
-    """As `greedy`, without a path: a wave, and what is missing then, layer by layer from the clean run."""
-    clean, n, depth = CleanRun(captured), captured.num_samples, captured.stack.num_layers
-    packing = Packing(clean.capture, clean.additive, fitting, False, objective)
+    """As `greedy`, without a path: a wave of all layers, and more waves of what is missing then. A node that one sample
+    asks for is every sample's."""
+    clean, depth = CleanRun(captured), captured.stack.num_layers
     layers = [Layer(captured, config) for _ in range(depth)]
-    meshes = [GRADED, *[WHOLE] * (depth - 1)]
+    meshes = [[mesh] * captured.num_samples for mesh in (_first(config), *[WHOLE] * (depth - 1))]
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective(logits, clean.capture.labels)
 
-    nodes = [torch.tensor(nodes_of(mesh), dtype=torch.float64) for mesh in meshes]
-    if clean.additive:  # at alpha = 1 every layer is the clean run
-        nodes = [of_layer[:-1] for of_layer in nodes]
+    if clean.additive and clean.capture.tokens * depth > FEW_AT_ONE:
         for one in clean.clean_gradients(value_of):
-            layers[one.layer].add_gradient(one, clean, packing)
-    for one in clean.gradients(nodes, config.memory_budget, value_of):
-        layers[one.layer].add_gradient(one, clean, packing)
-    norms = [layer.errors([mesh] * n, [0.0] * n)[1] for layer, mesh in zip(layers, meshes, strict=True)]
-    largest, found = [max(of_sample) for of_sample in zip(*norms, strict=True)], []
-    for at, (layer, mesh) in enumerate(zip(layers, meshes, strict=True)):
-
-        def started(slots: list[Slot], at: int = at) -> Slots:
-            clean.run()
-            return packing.branched(slots, clean.replay, at)
-
-        score = partial(_scored, layer, captured, at)
-        finer, _, _ = _converged(layer, [mesh] * n, packing, config, largest, started, score, [])
-        found.append(layer.integrated(finer))
+            layers[one.layer].add_gradient(one, clean)
+    missing = [set().union(*layer.missing(mesh)) for layer, mesh in zip(layers, meshes, strict=True)]
+    off: list[tuple[list[list[float]], list[float]]] = [([], [])] * depth
+    while any(missing):
+        nodes = [torch.tensor(sorted(of_layer), dtype=torch.float64) for of_layer in missing]
+        for one in clean.gradients(nodes, config.memory_budget, value_of):
+            layers[one.layer].add_gradient(one, clean)
+        for at in filter(missing.__getitem__, range(depth)):
+            off[at] = layers[at].errors(meshes[at])
+        largest = [max(of_sample) for of_sample in zip(*(norms for _, norms in off), strict=True)]
+        meshes = [_finer(mesh, _relative(*of, largest), config) for mesh, of in zip(meshes, off, strict=True)]
+        missing = [set().union(*layer.missing(mesh)) for layer, mesh in zip(layers, meshes, strict=True)]
+    found = [layer.integrated(mesh) for layer, mesh in zip(layers, meshes, strict=True)]
     s1, s2 = torch.stack([layer.s1 for layer in found], 1), torch.stack([layer.s2 for layer in found], 1)
     return *chosen(captured, config, s1, s2), found
 
@@ -167,34 +171,23 @@ def _scored(layer: Layer, captured: Capture, at: int, slots: Slots) -> None:
         layer.add(slots, captured.activations[at])
 
 
-def _converged(
-    layer: Layer,
-    meshes: Sequence[Mesh],
-    packing: Packing,
-    config: LocateConfig,
-    largest: Sequence[float],
-    started: Callable[[list[Slot]], Slots],
-    score: Callable[[Slots], None],
-    groups: list[Slots],
-) -> tuple[list[Mesh], list[list[float]], list[float]]:
-    """Finer meshes for the samples that need them, until the error is below tol or the nodes are used up: (meshes, the
-    relative errors of their panels, norms of the scores). What was started for it is added to groups."""
+def _first(config: LocateConfig) -> Mesh:
+    """Of the first layer."""
+    assert config.max_nodes is not None
+    return GRADED if len(nodes_of(GRADED)) <= config.max_nodes else WHOLE
+
+
+def _relative(of_panels: list[list[float]], norms: list[float], largest: Sequence[float]) -> list[list[float]]:
+    """Errors of every sample's panels over its score's norm, or over a part of its largest layer's."""
+    by = [max(norm, SMALL * most) or 1.0 for norm, most in zip(norms, largest, strict=True)]
+    return [[one / of_sample for one in panels] for panels, of_sample in zip(of_panels, by, strict=True)]
+
+
+def _finer(meshes: list[Mesh], relative: list[list[float]], config: LocateConfig) -> list[Mesh]:
+    """For the samples whose error is above tol, as long as nodes are left."""
     assert config.tol is not None and config.max_nodes is not None
-    meshes, floors = list(meshes), [SMALL * norm for norm in largest]
-    while True:
-        if slots := packing.asked(layer.missing(meshes)):
-            new = [started(part) for part in packing.packed(slots)]
-            for _ in with_oom_halving(new, score):
-                pass
-            groups += new
-        relative, norms = layer.errors(meshes, floors)
-        finer = [
-            refined(e, mesh, config.max_nodes) if error(e, mesh) > config.tol else mesh
-            for e, mesh in zip(relative, meshes, strict=True)
-        ]
-        if finer == meshes:
-            return meshes, relative, norms
-        meshes = finer
+    pairs = zip(relative, meshes, strict=True)
+    return [refined(e, mesh, config.max_nodes) if error(e, mesh) > config.tol else mesh for e, mesh in pairs]
 
 
 def _regrouped(packing: Packing, groups: list[Slots], meshes: Sequence[Mesh]) -> list[Slots]:

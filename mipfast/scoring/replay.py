@@ -112,7 +112,7 @@ class Replay:
                 ride(layer, state[:own].detach())
                 parts, state = [self.states[layer]], state[own:]
             parts.append(state)
-        if layer in layers:
+        if layer in layers and copies[layer - layers.start]:
             parts.append(start_of(layer))
         waiting = sum(copies[layer + 1 - layers.start :])
         return wave._output(torch.cat([*parts, *[self.states[layer]] * waiting]), call[0][0])

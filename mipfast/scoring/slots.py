@@ -15,7 +15,7 @@ from mipfast import ops
 from mipfast.model.batch import Labels
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.nodes import CleanNode, HookedNodes, NodeGroup, ResidualNodes, Sums
-from mipfast.scoring.replay import Replay, repeated
+from mipfast.scoring.replay import Replay
 
 Slot = tuple[int, float]  # (sample, alpha)
 Valued = Callable[[torch.Tensor, Labels], torch.Tensor]  # (logits [s,q,V], labels of s samples) -> F [s]
@@ -174,19 +174,6 @@ class Packing:
 
         if paths:
             found.replay.walk(len(paths), past)
-        return found
-
-    def branched(self, slots: list[Slot], run: Replay, layer: int) -> Slots:
-        """New slots past as many blocks, in the states of the clean run."""
-        found = self.new(slots)
-        units = torch.tensor([sample for sample, _ in slots], device=self.route.rows.index.device)
-        for state in run.states[:layer]:
-            one = (
-                state.reshape(-1, self.route.tokens // self.route.num_samples, state.shape[-1])
-                if self.divisible
-                else state
-            )
-            found.replay.push(one[units] if self.divisible else repeated(state, found.copies), None)
         return found
 
     def gathered(self, groups: Sequence[Any], slots: list[Slot]) -> Slots:

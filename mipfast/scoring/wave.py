@@ -95,13 +95,13 @@ class CleanRun:
             yield from parts
 
     def waves(self, nodes: Sequence[torch.Tensor], room: float) -> list[Wave]:
-        """All layers at their nodes, in waves of no more rows than are enough, or one layer's, that keep no more than
-        `room` bytes, or one node of one layer."""
+        """All layers at their nodes, if they have any, in waves of no more rows than are enough, or one layer's, that
+        keep no more than `room` bytes, or one node of one layer."""
         device, stop, waves = self.capture.rows.index.device, self.capture.stack.num_layers, []
         kept = [memory.kept(self.capture, layer + self.additive) for layer in range(stop)]
         moved = {id(one): one.to(device) for one in nodes}
         nodes = [moved[id(one)] for one in nodes]
-        while stop:
+        while stop and not all(len(of_layer) == 0 for of_layer in nodes[:stop]):
             start = stop - 1
             left, copies = room - len(nodes[start]) * kept[start], len(nodes[start])
             while start:
@@ -112,7 +112,7 @@ class CleanRun:
             layers = range(start, stop)
             if len(layers) == 1:
                 fit = max(1, int(min(room / kept[start], len(nodes[start]))))
-                waves += [Wave(self, layers, (part,)) for part in nodes[start].split(fit)]
+                waves += [Wave(self, layers, (part,)) for part in nodes[start].split(fit) if len(part)]
             else:
                 waves.append(Wave(self, layers, tuple(nodes[start:stop])))
             stop = start
@@ -172,6 +172,8 @@ class Wave:
 
     def score(self, value_of: Objective) -> list[LayerGradient]:
         """What its copies have."""
+        if not self.copies:  # a half of layers that asked for nothing
+            return []
         run, rides = self.clean, self.rides and not self.clean.known
         if not rides:
             run.run()
@@ -183,14 +185,15 @@ class Wave:
                 return replace(self, rides=False).score(value_of)
             values = value_of(logits)
             grads = gradients_of(values, leaves)
-        of_layers = values.detach().view(-1, run.capture.num_samples).split([len(own) for own in self.nodes])
-        return [LayerGradient(*each) for each in zip(self.layers, self.nodes, grads, of_layers, strict=True)]
+        some = [(layer, own) for layer, own in zip(self.layers, self.nodes, strict=True) if len(own)]
+        of_layers = values.detach().view(-1, run.capture.num_samples).split([len(own) for _, own in some])
+        return [LayerGradient(*at, *found) for at, *found in zip(some, grads, of_layers, strict=True)]
 
     def _run(self, rider: Replay | None) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(what each layer's neurons contribute, or are, at the nodes: leaves; logits of the copies that left so)."""
         run, capture, leaves = rider or self.clean.replay, self.clean.capture, list[torch.Tensor]()
         wide = torch.promote_types(capture.outputs[0].dtype, torch.float32)
-        replays = {m: Replay(capture, m) for m in {len(of_layer) for of_layer in self.nodes}}
+        replays = {m: Replay(capture, m) for m in {len(of_layer) for of_layer in self.nodes} if m}
         nodes: dict[int, torch.Tensor] = {}  # by identity: many layers have the same, which is made once
         for of_layer in {id(one): one for one in self.nodes}.values():
             nodes[id(of_layer)] = torch.cat([of_layer, of_layer.new_ones(1 if rider else 0)]).to(wide)
@@ -217,6 +220,9 @@ class Wave:
             return leaves, run.staggered(self.layers, copies, start_of)
         starts = []
         for layer, of_layer in zip(self.layers, self.nodes, strict=True):
+            if not len(of_layer):
+                starts.append(run.states[layer])  # which nobody asks for
+                continue
             replay = replays[len(of_layer)]
             for state in run.states[len(replay.states) : layer]:
                 replay.states.append(repeated(state, replay.copies))

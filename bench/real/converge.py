@@ -1,0 +1,170 @@
+"""Whether `locate(tol=...)` keeps what it says on a real model: the true error of every layer's scores, the estimate
+beside it, and what it costs.
+
+    python bench/real/converge.py FOLDER_OR_HUB_NAME [--tol 0.01 0.05] [--prompts 30] [--out FILE.json]
+
+The truth of a sample is a search with --nodes substituted Gauss-Legendre nodes (alpha = t^2, which crowd where the
+first layers peak): s* along the very path that was chosen, and the path it chooses itself. Prompts: prompts.json, of
+five kinds, worded here. A model is read from the folder, or from the hub's cache: nothing is downloaded.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mipfast import locate
+from mipfast.files import versions
+from mipfast.scoring import quadrature, search
+
+PROMPTS = Path(__file__).with_name("prompts.json")
+
+
+def substituted(n):
+    """Gauss-Legendre in t, alpha = t^2."""
+    t, w = quadrature.RULES["gausslegendre"](n)
+    return t**2, 2 * t * w
+
+
+quadrature.RULES["substituted"] = substituted
+
+
+def load(name):
+    how = dict(local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **how).eval(), AutoTokenizer.from_pretrained(
+        name, **how
+    )
+
+
+def batch_of(tokenizer, prompts, most=3):
+    """Prompts and their answers' first tokens, padded on the right."""
+    rows = []
+    for one in prompts:
+        prompt = tokenizer(one["prompt"]).input_ids
+        rows.append((prompt, tokenizer(one["answer"], add_special_tokens=False).input_ids[:most]))
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels, attended = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for i, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[i, :end], labels[i, len(prompt) : end], attended[i, :end] = (
+            torch.tensor(prompt + answer),
+            torch.tensor(answer),
+            1,
+        )
+    return {"input_ids": ids, "labels": labels, "attention_mask": attended}
+
+
+def along(path, model, batch, **settings):
+    """A fixed rule's scores [n,L,F] along a given path [n,L,k]."""
+
+    def given(captured, config, s1, s2, first=0):
+        return (s1 if config.score == "igi" else s2), path[:, first : first + s1.shape[1]]
+
+    with mock.patch.object(search, "chosen", given):
+        return locate(model, batch, residuals="none", **settings).scores
+
+
+def relative(found, truth):
+    """Error [n,L] of scores, over their norm or a thousandth of the sample's largest layer's."""
+    norms = found.norm(dim=2)
+    return (found - truth).norm(dim=2) / norms.maximum(1e-3 * norms.amax(1, keepdim=True))
+
+
+def jaccard(found, expected):
+    """Of the paths [n,L,k], [n,L]."""
+    shared = (found[..., None] == expected[..., None, :]).any(-1).sum(-1)
+    return shared / (2 * found.shape[-1] - shared)
+
+
+def measure(model, batch, tol, truth, nodes):
+    start = time.process_time()
+    found = locate(model, batch, tol=tol)
+    seconds = time.process_time() - start
+    settings = dict(method="substituted", n_steps=nodes)
+    same = (found.path.sort(2).values == truth.path.sort(2).values).all()
+    exact = truth.scores if same else along(found.path, model, batch, **settings)
+    used, margins = torch.tensor(found.report["nodes"]), torch.tensor(found.report["margins"])
+    depth = used.shape[1]
+    settled = (margins > 1).cummin(1).values  # up to here
+    return {
+        "error": relative(found.scores, exact)[0].tolist(),
+        "estimate": found.error[0].tolist(),
+        "nodes": used[0].tolist(),
+        "settled": settled[0].tolist(),
+        "jaccard": jaccard(found.path, truth.path)[0].tolist(),
+        "row_block_passes": int((used[0] * 2 * (depth - torch.arange(depth))).sum()),
+        "seconds": seconds,
+    }
+
+
+def summary(rows, tol):
+    def all_of(name):
+        return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+
+    error, estimate, overlap, settled = (all_of(name) for name in ("error", "estimate", "jaccard", "settled"))
+    within = (error <= 2 * tol) & (estimate <= tol)
+    return {
+        "tol": tol,
+        "sample_layers": error.numel(),
+        "within_2_tol": within.double().mean().item(),
+        "estimate_above_error": (estimate >= error).double().mean().item(),
+        "unconverged": int((estimate > tol).sum()),
+        "worst_error": error.max().item(),
+        "mean_jaccard": overlap.mean().item(),
+        "settled_layers": settled.mean().item(),
+        "mean_jaccard_settled": overlap[settled.bool()].mean().item(),
+        "row_block_passes_median": statistics.median(row["row_block_passes"] for row in rows),
+        "nodes_first_layer_median": statistics.median(row["nodes"][0] for row in rows),
+        "nodes_other_layers_mean": statistics.mean(n for row in rows for n in row["nodes"][1:]),
+        "seconds_median": statistics.median(row["seconds"] for row in rows),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder, or a name that is in the hub's cache")
+    parser.add_argument("--tol", type=float, nargs="+", default=[0.01, 0.05])
+    parser.add_argument("--prompts", type=int, default=30, help="as many of every kind as give this number")
+    parser.add_argument("--nodes", type=int, default=128, help="of the truth")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load(given.model)
+    prompts = json.loads(PROMPTS.read_text())
+    kinds = list(dict.fromkeys(one["kind"] for one in prompts))
+    each = given.prompts // len(kinds)
+    prompts = [one for kind in kinds for one in [p for p in prompts if p["kind"] == kind][:each]]
+    found = {tol: [] for tol in given.tol}
+    for one in prompts:
+        batch = batch_of(tokenizer, [one])
+        truth = locate(model, batch, method="substituted", n_steps=given.nodes, residuals="none")
+        for tol, rows in found.items():
+            row = measure(model, batch, tol, truth, given.nodes)
+            rows.append({"kind": one["kind"], "prompt": one["prompt"], **row})
+            print(
+                f"{one['prompt']!r} tol {tol}: worst {max(row['error']):.4f}, {row['row_block_passes']} passes",
+                flush=True,
+            )
+    result = {
+        "model": given.model,
+        "class": type(model).__name__,
+        "layers": model.config.num_hidden_layers,
+        "truth_nodes": given.nodes,
+        "versions": versions(),
+        "summary": [summary(rows, tol) for tol, rows in found.items()],
+        "samples": {str(tol): rows for tol, rows in found.items()},
+    }
+    for line in result["summary"]:
+        print(json.dumps(line, indent=1))
+    if given.out:
+        given.out.write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
