@@ -181,6 +181,7 @@ def locate(
     from mipfast.data import checkpoint, load_groups
     from mipfast.data.encoder import Encoder
     from mipfast.experiment import locate_file
+    from mipfast.scoring.attribution import converged
     from mipfast.scoring.cost import Device, Shape
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,6 +201,8 @@ def locate(
     locate_file.locate_file(
         loaded, encoder, scored, out, config, batch_size=batch_size, aggregate=aggregate, limit=limit
     )
+    if line := converged(locate_file.read(out)):
+        console.print(line)
     console.print(f"done. In Python: mipfast.streaming.read({escape(repr(str(out)))})")
 
 

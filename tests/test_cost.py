@@ -135,12 +135,13 @@ def counted(model, batch, config):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "gaussradau", "n_steps": 3}, {"search": "pointwise"}, {"residuals": "none"}]
+    "options",
+    [{}, {"method": "gaussradau", "n_steps": 3}, {"search": "pointwise"}, {"residuals": "none"}],
 )
 def test_counted_flops_of_text(options):
     sizes = {"vocab_size": 61, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 128}
     model = tiny._settle(LlamaForCausalLM(tiny._llama_config(**sizes)), torch.float32)
-    config = LocateConfig(**options)
+    config = LocateConfig(**{"n_steps": 4, **options})
     expected = estimate(model, prompt=32, answer=8, samples=3, batch_size=3, config=config)
     found = counted(model, tiny.text_batch(model, [40] * 3, [8] * 3), config)
     assert found == pytest.approx(total(expected.flops), rel=0.1)

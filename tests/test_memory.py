@@ -64,7 +64,7 @@ def test_a_layer_is_not_scored_again(monkeypatch):
     """Half of the copies that did not fit go on where they stand."""
     model = tiny_llama(F64)
     seen = running_out(monkeypatch, lambda m, n: m > 2)
-    mipfast.locate(model, text_batch(model, [9, 12], [2, 1]))
+    mipfast.locate(model, text_batch(model, [9, 12], [2, 1]), n_steps=4)
     assert seen == [(4, 2), (2, 2), (2, 2), *[(2, 2)] * (2 * 3)]
 
 

@@ -268,7 +268,7 @@ def test_the_margin_is_the_gap_below_the_path_over_the_error():
         (dict(tol=0.01, combine="product"), "combine='product'"),
         (dict(tol=0.01, search="one-pass"), "search='one-pass'"),
         (dict(tol=0.01, max_nodes=4), "max_nodes=4; expected at least 5"),
-        (dict(n_steps=4, max_nodes=64), "and tol with it"),
+        (dict(n_steps=4, max_nodes=64), "and no fixed rule"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, said):

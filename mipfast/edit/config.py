@@ -93,9 +93,12 @@ class MIPConfig:
         'prompt'
     """
 
-    text: LocateConfig = field(default_factory=lambda: LocateConfig("text", positions="prompt", objective="log_odds"))
-    """How neurons of the text tower are scored."""
-    vision: LocateConfig | None = field(default_factory=lambda: LocateConfig("vision"))
+    text: LocateConfig = field(
+        default_factory=lambda: LocateConfig("text", n_steps=4, positions="prompt", objective="log_odds")
+    )
+    """How neurons of the text tower are scored: by the fixed rule of four nodes that this edit was measured with. For an
+    error that is controlled give it tol, and n_steps=None."""
+    vision: LocateConfig | None = field(default_factory=lambda: LocateConfig("vision", n_steps=2))
     """How neurons of the vision towers are scored; None leaves those towers alone."""
     fraction: float = 0.1
     """Share of each layer's neurons that is edited."""
@@ -116,7 +119,7 @@ class MIPConfig:
         """The paper's training: Adam 2e-5, 4 epochs, LoRA (its code's rank 8, alpha 16), neurons by mean score; give it
         batches of 4. Ours stay: quadrature, positions, budget per layer, the steering layer and the target's length."""
         edit = RMisUConfig(trainable="lora", lora_rank=8, lora_alpha=16, lr=2e-5, epochs=4)
-        return cls(text=LocateConfig("text"), aggregate="mean", rmisu=edit)
+        return cls(text=LocateConfig("text", n_steps=4), aggregate="mean", rmisu=edit)
 
     @classmethod
     def released(cls) -> MIPConfig:

@@ -32,7 +32,7 @@ from mipfast.errors import ArtefactError, InputError, MipfastError
 from mipfast.files import RUN, claim, read_run, write_atomic
 from mipfast.model.fingerprint import unchanged
 from mipfast.model.sites import find_sites
-from mipfast.scoring.attribution import Attribution, per_label
+from mipfast.scoring.attribution import PER_SAMPLE, Attribution, convergence, per_label
 from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.cost import DEVICES, Device, Estimate, Shape, estimate
 from mipfast.scoring.search import locate
@@ -228,7 +228,8 @@ def locate_file(
                 sums.add(scored)
                 sums.save(out)
             else:
-                _save(shards[number], {"scores": scored.scores, "path": scored.path}, {"report": scored.report})
+                tensors = {"scores": scored.scores, "path": scored.path, "error": scored.error}
+                _save(shards[number], tensors, {"report": scored.report})
 
 
 @contextmanager
@@ -269,7 +270,8 @@ def read(folder: str | Path) -> Attribution:
     Returns:
         Samples in the file's order. Of an aggregated run two stand-ins, mean + sd and mean - sd, whose mean and mean
         square of scores per label are those of all samples, which is all that NeuronPath.select's mean, contrast and
-        snr look at; their path is every neuron that was on any sample's path, most often first, padded with -1.
+        snr look at; their path is every neuron that was on any sample's path, most often first, padded with -1, and
+        their error the largest of any sample.
 
     Raises:
         ArtefactError: for an unfinished or damaged folder.
@@ -286,13 +288,12 @@ def read(folder: str | Path) -> Attribution:
     _check_finished(folder, sum(len(tensors["path"]) for tensors, _ in parts), run["samples"])
     reports = [facts["report"] for _, facts in parts]
     report = reports[0] | {
-        name: [value for one in reports for value in one[name]]
-        for name in ("residuals", "num_labels", "without_gradient")
+        name: [value for one in reports for value in one[name]] for name in PER_SAMPLE if name in reports[0]
     }
     dead = (set(one["layers_without_gradient"]) for one in reports)
     report["layers_without_gradient"] = sorted(set.intersection(*dead))
-    scores, paths = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path"))
-    return Attribution(scores, paths, report)
+    scores, paths, error = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path", "error"))
+    return Attribution(scores, paths, report | convergence(error, report["config"]), error)
 
 
 class _Sums:
@@ -320,10 +321,13 @@ class _Sums:
             "measured": torch.tensor(len(residuals)),
             "residuals": torch.tensor(residuals or [[0.0] * scores.shape[1]], dtype=torch.float64).sum(0),
         }
-        self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()}
+        worst = located.error.amax(0)
+        self.tensors = {name: self.tensors.get(name, 0) + value for name, value in new.items()} | {
+            "error": self.tensors.get("error", worst).maximum(worst)
+        }
         first = self.facts.get("report", located.report)
         dead = set(first["layers_without_gradient"]) & set(located.report["layers_without_gradient"])
-        per_sample: dict[str, Any] = {name: [] for name in ("residuals", "num_labels", "without_gradient")}
+        per_sample: dict[str, Any] = {name: [] for name in PER_SAMPLE if name in first}
         report = first | per_sample | {"layers_without_gradient": sorted(dead)}
         samples, chunks = self.facts["samples"] + len(scores), self.facts["chunks"] + 1
         self.facts = {"samples": samples, "chunks": chunks, "report": report}
@@ -344,8 +348,10 @@ class _Sums:
             "num_labels": [1, 1],  # the scores are per label already
             "aggregate": {"samples": samples, "rows": "mean + sd, mean - sd of the scores per label"},
         }
-        scores = torch.stack([mean + sd, mean - sd]).float()
-        return Attribution(scores, path.expand(2, -1, -1).contiguous(), self.facts["report"] | facts)
+        scores, error = torch.stack([mean + sd, mean - sd]).float(), self.tensors["error"].expand(2, -1).contiguous()
+        report = self.facts["report"] | facts
+        report |= convergence(error, report["config"])
+        return Attribution(scores, path.expand(2, -1, -1).contiguous(), report, error)
 
 
 def _size(batch: list[Encoded]) -> Size:
@@ -409,8 +415,12 @@ def _locate_chunk(
         where = f"{_where(data, 'a batch of ')}s {', '.join(lines)}" if lines else _where(data, "before the first ")
         raise type(error)(f"{where}: {error}") from error
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
-    per_sample = {name: [located.report[name][i] for i in order] for name in ("residuals", "num_labels")}
-    return Attribution(located.scores[order], located.path[order], located.report | per_sample)
+    report = located.report | {
+        name: [located.report[name][i] for i in order] for name in PER_SAMPLE if name in located.report
+    }
+    error = located.error[order]
+    report |= convergence(error, report["config"])
+    return Attribution(located.scores[order], located.path[order], report, error)
 
 
 def _identity(

@@ -141,6 +141,9 @@ class Device:
         return cls("this machine", 2 * rows * width**2 / product, 2 * len(source) / copy, memory)
 
 
+# Nodes of the mean layer with tol=0.01, weighted by what lies above it: 16, 19 and 32 in three language models for a
+# greedy search (docs/search.md).
+NODES = {"greedy": 20, "pointwise": 8}
 # Rates that large bfloat16 products and copies reach; an H100 (SXM) differs from an H200 in its memory only.
 DEVICES = {
     "H100": Device("H100", 790e12, 3.0e12, 80e9),
@@ -181,7 +184,8 @@ def estimate(
     """Estimate what `locate` costs on samples of one size, before anything is run.
 
     Assumes blocks that add their FFN's output and attention that can be cut to a suffix, as `locate` itself checks;
-    attention in a vision tower is counted as global. A call's comparison of two samples with plain autograd is left out
+    attention in a vision tower is counted as global. With tol the nodes are not known beforehand: as many are counted as
+    three language models asked for at 0.01 in the mean, and a sample may take half or twice of it. A call's comparison of two samples with plain autograd is left out
     (docs/reliability.md).
 
     Args:
@@ -206,7 +210,7 @@ def estimate(
         >>> from mipfast import estimate
         >>> cost = estimate(LlamaConfig(num_hidden_layers=4), prompt=100, answer=20, samples=64, device="H100")
         >>> cost.tokens, f"{sum(cost.seconds.values()):.2f} s"
-        (7680, '0.26 s')
+        (7680, '0.42 s')
     """
     config = (config or LocateConfig()).resolved()
     shape = model if isinstance(model, Shape) else Shape.of(model, config.stack)
@@ -311,9 +315,10 @@ def _text(work: _Work, config: LocateConfig) -> int:
         work.blocks("search", text, 2 * text.layers, span, keys)
         work.head("search", 2, 1)
     if config.combine == "sum":
-        work.blocks("completeness", text, text.layers, span, keys)
-        work.later("completeness", text, 1, span, keys, text.layers)
-        work.head("completeness", text.layers, 1, 1)
+        if config.tol is None:  # else alpha = 0 is one of the nodes
+            work.blocks("completeness", text, text.layers, span, keys)
+            work.later("completeness", text, 1, span, keys, text.layers)
+            work.head("completeness", text.layers, 1, 1)
         if config.search == "greedy":
             work.blocks("completeness", text, text.layers - 1, (scaled + 2 * clean) * span, keys)
     # a copy keeps the blocks above its layer
@@ -332,7 +337,8 @@ def _vision(work: _Work, config: LocateConfig) -> int:
     scaled, clean = _rows(config)
     work.blocks("capture", tower, tower.layers, patches, patches)  # the check that blocks only add their FFN's output
     most = work.together(config, tower, scaled * patches)
-    for passes, rows, phase, together in ((2, scaled, "search", most), (1, 1, "completeness", tower.layers)):
+    at_zero = [(1, 1, "completeness", tower.layers)] if config.tol is None else []  # else it is one of the nodes
+    for passes, rows, phase, together in [(2, scaled, "search", most), *at_zero]:
         work.blocks(phase, tower, tower.layers, rows * patches, patches)
         work.later(phase, tower, passes, rows * patches, patches, together)
         runs = passes * math.ceil(tower.layers / together)
@@ -349,6 +355,8 @@ def _vision(work: _Work, config: LocateConfig) -> int:
 
 def _rows(config: LocateConfig) -> tuple[int, int]:
     """(nodes that cost a copy per layer, nodes at alpha = 1, which one clean pass serves for all layers)."""
+    if config.tol is not None:
+        return NODES[config.search] - 1, 1
     nodes, _ = config.rule()
     clean = int((nodes == 1).sum()) if config.combine == "sum" else 0
     return len(nodes) - clean, clean

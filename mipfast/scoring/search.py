@@ -390,19 +390,15 @@ def _quality(found: Located, config: LocateConfig) -> dict[str, Any]:
     """What a report says of the quadrature, where its error was controlled."""
     if config.tol is None:
         return {}
-    above = (found.error > config.tol).nonzero().tolist()
-    if above:
+    unconverged = (found.error > config.tol).nonzero().tolist()
+    if unconverged:
         sample, layer = divmod(int(found.error.argmax()), found.error.shape[1])
         log.warning(
             "%d of %d layers of samples are not known to tol=%g after %d nodes, sample %d layer %d worst: %.2g; see "
             "Attribution.error",
-            *(len(above), found.error.numel(), config.tol, config.max_nodes, sample, layer, found.error.max()),
+            *(len(unconverged), found.error.numel(), config.tol, config.max_nodes, sample, layer, found.error.max()),
         )
-    return {"nodes": found.nodes.tolist(), "unconverged": above, "margins": found.margin.tolist()}
-
-
-# scores [n,L,F], path [n,L,k], the layers' part of F(1) - F(0) by the quadrature [L,n], F(0) [L,n] if it was measured
-Searched = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+    return {"nodes": found.nodes.tolist(), "margins": found.margin.tolist(), "unconverged": unconverged}
 
 
 def _pointwise(
