@@ -96,8 +96,8 @@ class MIPConfig:
     text: LocateConfig = field(
         default_factory=lambda: LocateConfig("text", n_steps=4, positions="prompt", objective="log_odds")
     )
-    """How neurons of the text tower are scored: by the fixed rule of four nodes that this edit was measured with. For an
-    error that is controlled give it tol, and n_steps=None."""
+    """How neurons of the text tower are scored: by the fixed rule of four nodes that this edit was measured with. For
+    an error that is controlled give it tol, and n_steps=None."""
     vision: LocateConfig | None = field(default_factory=lambda: LocateConfig("vision", n_steps=2))
     """How neurons of the vision towers are scored; None leaves those towers alone."""
     fraction: float = 0.1

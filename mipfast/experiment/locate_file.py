@@ -418,9 +418,9 @@ def _locate_chunk(
     report = located.report | {
         name: [located.report[name][i] for i in order] for name in PER_SAMPLE if name in located.report
     }
-    error = located.error[order]
-    report |= convergence(error, report["config"])
-    return Attribution(located.scores[order], located.path[order], report, error)
+    off = located.error[order]
+    report |= convergence(off, report["config"])
+    return Attribution(located.scores[order], located.path[order], report, off)
 
 
 def _identity(

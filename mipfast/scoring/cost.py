@@ -184,9 +184,9 @@ def estimate(
     """Estimate what `locate` costs on samples of one size, before anything is run.
 
     Assumes blocks that add their FFN's output and attention that can be cut to a suffix, as `locate` itself checks;
-    attention in a vision tower is counted as global. With tol the nodes are not known beforehand: as many are counted as
-    three language models asked for at 0.01 in the mean, and a sample may take half or twice of it. A call's comparison of two samples with plain autograd is left out
-    (docs/reliability.md).
+    attention in a vision tower is counted as global. With tol the nodes are not known beforehand: as many are counted
+    as three language models asked for at 0.01 in the mean; a sample may take half of it or twice. A call's comparison
+    of two samples with plain autograd is left out (docs/reliability.md).
 
     Args:
         model: a Shape, a model, or a transformers config without weights.

@@ -401,6 +401,10 @@ def _quality(found: Located, config: LocateConfig) -> dict[str, Any]:
     return {"nodes": found.nodes.tolist(), "margins": found.margin.tolist(), "unconverged": unconverged}
 
 
+# scores [n,L,F], path [n,L,k], the layers' part of F(1) - F(0) by the quadrature [L,n], F(0) [L,n] if it was measured
+Searched = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
 def _pointwise(
     captured: Capture,
     config: LocateConfig,
