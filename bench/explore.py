@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fixed import locate
 from selection import (
     ALPHA,
     FRACTIONS,
@@ -34,7 +35,7 @@ from selection import (
     world_and_encoder,
 )
 
-from mipfast import Attribution, NeuronPath, RMisUConfig, hidden_states, locate, misdirect, prune, rmisu_loss
+from mipfast import Attribution, NeuronPath, RMisUConfig, hidden_states, misdirect, prune, rmisu_loss
 from mipfast.demo.model import Batch
 from mipfast.edit.misdirect import trainable_parts, unedited
 from mipfast.edit.steering import steering_target

@@ -21,9 +21,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fixed  # noqa: E402
+from fixed import locate  # noqa: E402
 from test_bench_locate import image_batch, llama, qwen_vl, text_batch  # noqa: E402
 
-from mipfast import LocateConfig, NeuronPath, locate, misdirect, ops  # noqa: E402
+from mipfast import NeuronPath, misdirect, ops  # noqa: E402
 from mipfast.edit.config import RMisUConfig  # noqa: E402
 from mipfast.ops import frozen_linear  # noqa: E402
 from mipfast.scoring.cost import DEVICES, Shape, estimate  # noqa: E402
@@ -91,7 +93,7 @@ def on_paper(name):
 
     for modality, tower, positions, steps in (("text", text, 1, (4, 4)), ("vision", vision, PATCHES, (1, 2))):
         patches = PATCHES if modality == "vision" else 0
-        whole = estimate(model, prompt=PROMPT, answer=ANSWER, patches=patches, config=LocateConfig(modality=modality))
+        whole = estimate(model, prompt=PROMPT, answer=ANSWER, patches=patches, config=fixed.config(modality))
         first = len(rows)
         ours(modality, tower, positions, *steps)
         # as if all products were this tower's: rows a pass, of which one in two goes backward, 3 or 5 tensors each
@@ -150,7 +152,7 @@ def print_hours():
         weights = model.weights * model.element_size / 1e9
         cells = [name, f"{weights:.0f} GB"]
         for modality, sizes in SIZES.items():
-            config = LocateConfig(modality=modality)
+            config = fixed.config(modality)
             ours = estimate(model, **sizes, samples=SAMPLES, batch_size=BATCH, config=config)
             one = estimate(model, **sizes, config=config)
             plain = SAMPLES * released_seconds(model, modality, **sizes)

@@ -21,8 +21,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from fixed import locate
 
-from mipfast import locate
 from mipfast.demo.run import load_base
 from mipfast.files import versions
 from mipfast.judge.accuracy import evaluate
@@ -30,7 +30,7 @@ from mipfast.judge.accuracy import evaluate
 FINE = dict(search="greedy", method="gausslegendre", n_steps=12)
 SETTINGS = {
     "text": {
-        "greedy Gauss-Legendre 4 (default)": {},
+        "greedy Gauss-Legendre 4": {},
         "greedy Radau 3": dict(method="gaussradau", n_steps=3),
         "greedy left 4": dict(method="riemann_left", n_steps=4),
         "greedy left 20": dict(method="riemann_left", n_steps=20),
@@ -40,7 +40,7 @@ SETTINGS = {
         "one-pass": dict(search="one-pass"),
     },
     "vision": {
-        "greedy Radau 2 (default)": {},
+        "greedy Radau 2": {},
         "greedy Gauss-Legendre 2": dict(method="gausslegendre", n_steps=2),
         "greedy left 4": dict(method="riemann_left", n_steps=4),
         "pointwise Radau 2": dict(search="pointwise"),

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fixed import locate
 from torch import nn
 
-from mipfast import Attribution, NeuronPath, RMisUConfig, evaluate, find_sites, locate, misdirect, prune
+from mipfast import Attribution, NeuronPath, RMisUConfig, evaluate, find_sites, misdirect, prune
 from mipfast.demo import model as tiny
 from mipfast.demo import people
 from mipfast.demo.trial import Trial

@@ -29,11 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fixed  # noqa: E402
 import released  # noqa: E402
+from fixed import locate  # noqa: E402
 from profile_ops import MODELS, PROFILED, SIZES, VISION, text_sizes  # noqa: E402
 from test_bench_locate import DEVICE, assert_lean, image_batch, seconds, text_batch  # noqa: E402
 
-from mipfast import LocateConfig, locate  # noqa: E402
 from mipfast.scoring import nodes  # noqa: E402
 from mipfast.scoring.cost import Device, estimate  # noqa: E402
 
@@ -164,7 +165,7 @@ def test_large(modality, named_model, dry, rates, monkeypatch, pytestconfig):
         for key, call in calls.items():
             times[key].append(seconds(call))
     theirs, ours = (statistics.mean(times[key]) for key in calls)
-    config = LocateConfig(modality=modality)
+    config = fixed.config(modality)
     cost = estimate(model, **sizes, samples=samples, batch_size=samples, config=config, device=rates)
     flop_per_s = sum(cost.flops.values()) / ours
     row = dict(

@@ -31,9 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_
 sys.path.insert(0, str(Path(__file__).parent))
 import released  # noqa: E402
 import shapes  # noqa: E402, F401 (the tests' folder is on the path from here on)
+from fixed import locate  # noqa: E402
 from slow_pointwise import layer_by_layer  # noqa: E402
 
-from mipfast import LocateConfig, locate  # noqa: E402
+from mipfast import LocateConfig  # noqa: E402
 from mipfast.model.batch import find_labels  # noqa: E402
 from mipfast.model.fingerprint import unchanged  # noqa: E402
 from mipfast.ops import frozen_linear  # noqa: E402
@@ -46,12 +47,12 @@ GAUGED, PLAIN = ", with residuals", ", torch's products"
 # (floor, target) of every ratio; memory: our growth over the baseline's
 GOALS = {
     "released preset": (1.8, 2.2),
-    "default, one sample": (10, 13),
-    "default, 4 samples per batch": (14, 18),
-    "default / released 20 steps": (45, 65),
-    "default, prompt 256 + answer 16": (20, 28),
+    "4 nodes, one sample": (10, 13),
+    "4 nodes, 4 samples per batch": (14, 18),
+    "4 nodes / released 20 steps": (45, 65),
+    "4 nodes, prompt 256 + answer 16": (20, 28),
     "IFI, 4 left steps both": (1.7, 2.0),
-    "IFI default": (4, 5.2),
+    "IFI, 2 nodes": (4, 5.2),
     "Captum pointwise, gausslegendre": (2.4, 4),
     "Captum pointwise, riemann_right": (2.4, 4),
     "wave, 6 + 1 tokens": (5, 6),
@@ -291,12 +292,12 @@ def test_text(text, interleaved, row, monkeypatch):
     for name, ours in (
         ("released preset", took["preset"]),
         ("released preset" + PLAIN, took["plain preset"]),
-        ("default, one sample", took["default"]),
-        ("default, one sample" + GAUGED, took["gauged"]),
-        ("default, one sample" + PLAIN, took["plain"]),
-        ("default, 4 samples per batch", took["four"] / 4),
-        ("default, 4 samples per batch" + GAUGED, took["four gauged"] / 4),
-        ("default, 4 samples per batch" + PLAIN, took["four plain"] / 4),
+        ("4 nodes, one sample", took["default"]),
+        ("4 nodes, one sample" + GAUGED, took["gauged"]),
+        ("4 nodes, one sample" + PLAIN, took["plain"]),
+        ("4 nodes, 4 samples per batch", took["four"] / 4),
+        ("4 nodes, 4 samples per batch" + GAUGED, took["four gauged"] / 4),
+        ("4 nodes, 4 samples per batch" + PLAIN, took["four plain"] / 4),
     ):
         frozen = took["frozen"] / ours
         row(name, took["released"] / ours, f"{took['released']:.2f} s / {ours:.3f} s; frozen {frozen:.2f}x")
@@ -311,13 +312,13 @@ def test_twenty_steps(text, interleaved, row, skip_long):
         for rule in ({}, dict(method="riemann_left", n_steps=20))
     ]
     note = f"; error {errors[0]:.1e}, 20 left steps {errors[1]:.1e}"
-    against_a_long_one(interleaved, row, "default / released 20 steps", model, batch, 20, note)
+    against_a_long_one(interleaved, row, "4 nodes / released 20 steps", model, batch, 20, note)
 
 
 def test_long_prompt(text, interleaved, row, skip_long, monkeypatch):
     model, batch = text[0], text_batch(256, 16)
     assert_native(monkeypatch, model, batch)
-    against_a_long_one(interleaved, row, "default, prompt 256 + answer 16", model, batch, STEPS)
+    against_a_long_one(interleaved, row, "4 nodes, prompt 256 + answer 16", model, batch, STEPS)
 
 
 def against_a_long_one(interleaved, row, name, model, batch, steps, note=""):
@@ -356,9 +357,9 @@ def test_vision(vision, interleaved, row, monkeypatch):
         ("IFI, 4 left steps both", "left"),
         ("IFI, 4 left steps both" + GAUGED, "left gauged"),
         ("IFI, 4 left steps both" + PLAIN, "left plain"),
-        ("IFI default", "default"),
-        ("IFI default" + GAUGED, "gauged"),
-        ("IFI default" + PLAIN, "plain"),
+        ("IFI, 2 nodes", "default"),
+        ("IFI, 2 nodes" + GAUGED, "gauged"),
+        ("IFI, 2 nodes" + PLAIN, "plain"),
     ):
         row(name, took["released"] / took[key], f"{took['released']:.2f} s / {took[key]:.3f} s")
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mipfast import locate
 from mipfast.files import versions
-from mipfast.scoring import quadrature, search
+from mipfast.scoring import fixed, quadrature
 
 PROMPTS = Path(__file__).with_name("prompts.json")
 
@@ -66,7 +67,7 @@ def along(path, model, batch, **settings):
     def given(captured, config, s1, s2, first=0):
         return (s1 if config.score == "igi" else s2), path[:, first : first + s1.shape[1]]
 
-    with mock.patch.object(search, "chosen", given):
+    with mock.patch.object(fixed, "chosen", given):
         return locate(model, batch, residuals="none", **settings).scores
 
 
@@ -82,15 +83,29 @@ def jaccard(found, expected):
     return shared / (2 * found.shape[-1] - shared)
 
 
+@contextmanager
+def counted(model):
+    """Row-block passes of one sample: how often a copy goes through a block, and back."""
+    passes = [0]
+
+    def count(module, args):
+        passes[0] += len(args[0]) * (2 if args[0].requires_grad else 1)
+
+    with ExitStack() as hooks:  # the FFN: a block that is skipped is called, too
+        for block in model.get_decoder().layers:
+            hooks.enter_context(block.mlp.register_forward_pre_hook(count))
+        yield passes
+
+
 def measure(model, batch, tol, truth, nodes):
     start = time.process_time()
-    found = locate(model, batch, tol=tol)
+    with counted(model) as passes:
+        found = locate(model, batch, tol=tol, residuals="none")
     seconds = time.process_time() - start
     settings = dict(method="substituted", n_steps=nodes)
     same = (found.path.sort(2).values == truth.path.sort(2).values).all()
     exact = truth.scores if same else along(found.path, model, batch, **settings)
     used, margins = torch.tensor(found.report["nodes"]), torch.tensor(found.report["margins"])
-    depth = used.shape[1]
     settled = (margins > 1).cummin(1).values  # up to here
     return {
         "error": relative(found.scores, exact)[0].tolist(),
@@ -98,7 +113,7 @@ def measure(model, batch, tol, truth, nodes):
         "nodes": used[0].tolist(),
         "settled": settled[0].tolist(),
         "jaccard": jaccard(found.path, truth.path)[0].tolist(),
-        "row_block_passes": int((used[0] * 2 * (depth - torch.arange(depth))).sum()),
+        "row_block_passes": passes[0],
         "seconds": seconds,
     }
 

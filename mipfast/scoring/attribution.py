@@ -83,7 +83,10 @@ PER_SAMPLE = ("residuals", "num_labels", "without_gradient", "nodes", "margins")
 
 def convergence(error: torch.Tensor, config: dict[str, Any]) -> dict[str, Any]:
     """What a report says of errors [n,L] that were controlled: unconverged; nothing for a fixed rule."""
-    return {"unconverged": (error > config["tol"]).nonzero().tolist()} if config.get("tol") else {}
+    if not config.get("tol"):
+        return {}
+    rounded = config["tol"] * (1 + 1e-5)  # errors are float32
+    return {"unconverged": (error > rounded).nonzero().tolist()}
 
 
 def converged(attribution: Attribution) -> str | None:
@@ -106,7 +109,7 @@ def converged(attribution: Attribution) -> str | None:
     if not tol or not error.numel():
         return None
     sample, layer = divmod(int(error.argmax()), error.shape[1])
-    share = (error <= tol).double().mean().item()
+    share = (error <= tol * (1 + 1e-5)).double().mean().item()
     worst = f"worst {error.max().item():.2g} (sample {sample}, layer {layer})"
     return f"converged to {tol:g}: {share:.1%} of {error.numel()} layers of samples; {worst}"
 
