@@ -25,7 +25,7 @@ QWEN_3B = Shape(
     weights=3_750_000_000,
     element_size=2,
 )
-VISION = LocateConfig(modality="vision")
+VISION = LocateConfig(modality="vision", n_steps=2)
 
 
 def total(phases, *names):

@@ -172,9 +172,9 @@ def _scored(layer: Layer, captured: Capture, at: int, slots: Slots) -> None:
 
 
 def _first(config: LocateConfig) -> Mesh:
-    """Of the first layer."""
+    """Of the first layer: a vision tower's was not seen to peak."""
     assert config.max_nodes is not None
-    return GRADED if len(nodes_of(GRADED)) <= config.max_nodes else WHOLE
+    return GRADED if config.modality == "text" and len(nodes_of(GRADED)) <= config.max_nodes else WHOLE
 
 
 def _relative(of_panels: list[list[float]], norms: list[float], largest: Sequence[float]) -> list[list[float]]:

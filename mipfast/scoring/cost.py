@@ -142,8 +142,8 @@ class Device:
 
 
 # Nodes of the mean layer with tol=0.01, weighted by what lies above it: 16, 19 and 32 in three language models for a
-# greedy search (docs/search.md).
-NODES = {"greedy": 20, "pointwise": 8}
+# greedy search (docs/search.md); of vision only a small tower was seen.
+NODES = {"text": {"greedy": 20, "pointwise": 8}, "vision": {"greedy": 5, "pointwise": 5}}
 # Rates that large bfloat16 products and copies reach; an H100 (SXM) differs from an H200 in its memory only.
 DEVICES = {
     "H100": Device("H100", 790e12, 3.0e12, 80e9),
@@ -185,8 +185,8 @@ def estimate(
 
     Assumes blocks that add their FFN's output and attention that can be cut to a suffix, as `locate` itself checks;
     attention in a vision tower is counted as global. With tol the nodes are not known beforehand: as many are counted
-    as three language models asked for at 0.01 in the mean; a sample may take half of it or twice. A call's comparison
-    of two samples with plain autograd is left out (docs/reliability.md).
+    as three language models, or a small vision tower, asked for at 0.01 in the mean; a sample may take half or twice.
+    A call's comparison of two samples with plain autograd is left out (docs/reliability.md).
 
     Args:
         model: a Shape, a model, or a transformers config without weights.
@@ -356,7 +356,7 @@ def _vision(work: _Work, config: LocateConfig) -> int:
 def _rows(config: LocateConfig) -> tuple[int, int]:
     """(nodes that cost a copy per layer, nodes at alpha = 1, which one clean pass serves for all layers)."""
     if config.tol is not None:
-        return NODES[config.search] - 1, 1
+        return NODES[config.modality][config.search] - 1, 1
     nodes, _ = config.rule()
     clean = int((nodes == 1).sum()) if config.combine == "sum" else 0
     return len(nodes) - clean, clean
