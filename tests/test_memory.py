@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
+from families import Float64, build, text
 from tiny import image_batch, split, text_batch, tiny_llama, tiny_llava, tiny_qwen_vl, unchecked_route
 
 import mipfast
 from mipfast.model.sites import find_sites
-from mipfast.scoring import memory, nodes, search, wave
+from mipfast.scoring import memory, nodes, replay, search, wave
 from mipfast.scoring.capture import capture
 
 F64 = torch.float64
@@ -66,6 +67,31 @@ def test_a_layer_is_not_scored_again(monkeypatch):
     seen = running_out(monkeypatch, lambda m, n: m > 2)
     mipfast.locate(model, text_batch(model, [9, 12], [2, 1]), n_steps=4)
     assert seen == [(4, 2), (2, 2), (2, 2), *[(2, 2)] * (2 * 3)]
+
+
+@pytest.mark.parametrize("rule", [dict(n_steps=5), dict(tol=1e-4)], ids=str)
+@pytest.mark.parametrize("search", ["greedy", "pointwise"])
+@pytest.mark.parametrize("family", ["llama", "gpt2-lora"])
+def test_running_out_within_the_model_changes_nothing(monkeypatch, family, search, rule, caplog):
+    """Where a replay stands half-way: the whole model runs, or the copies of a wave."""
+    model = tiny_llama(F64) if family == "llama" else build(family)
+    batch = text_batch(model, [9, 12], [2, 1]) if family == "llama" else text(family)
+    settings = dict(search=search, residuals="all", **rule)
+    with Float64():
+        expected, run = mipfast.locate(model, batch, **settings), replay.Replay._run
+
+        def short(self, at_labels):
+            if self.copies * self.capture.num_samples > 6:
+                run(self, at_labels)
+                raise torch.OutOfMemoryError("out of memory")
+            return run(self, at_labels)
+
+        monkeypatch.setattr(replay.Replay, "_run", short)
+        with caplog.at_level(logging.WARNING, "mipfast"):
+            found = mipfast.locate(model, batch, **settings)
+    assert "out of memory: going on with" in caplog.text
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-9)
+    assert found.path.equal(expected.path)
 
 
 def test_joint_scores_run_out_too(monkeypatch):

@@ -150,17 +150,20 @@ def pointwise(
     if clean.additive and clean.capture.tokens * depth > FEW_AT_ONE:
         for one in clean.clean_gradients(value_of):
             layers[one.layer].add_gradient(one, clean)
-    missing = [set().union(*layer.missing(mesh)) for layer, mesh in zip(layers, meshes, strict=True)]
     off: list[tuple[list[list[float]], list[float]]] = [([], [])] * depth
-    while any(missing):
-        nodes = [torch.tensor(sorted(of_layer), dtype=torch.float64) for of_layer in missing]
-        for one in clean.gradients(nodes, config.memory_budget, value_of):
-            layers[one.layer].add_gradient(one, clean)
-        for at in filter(missing.__getitem__, range(depth)):
+    changed = list(range(depth))
+    while changed:
+        missing: dict[int, set[float]] = {at: set().union(*layers[at].missing(meshes[at])) for at in changed}
+        if any(missing.values()):
+            nodes = [torch.tensor(sorted(missing.get(at, ())), dtype=torch.float64) for at in range(depth)]
+            for one in clean.gradients(nodes, config.memory_budget, value_of):
+                layers[one.layer].add_gradient(one, clean)
+        for at in changed:
             off[at] = layers[at].errors(meshes[at])
         largest = [max(of_sample) for of_sample in zip(*(norms for _, norms in off), strict=True)]
-        meshes = [_finer(mesh, _relative(*of, largest), config) for mesh, of in zip(meshes, off, strict=True)]
-        missing = [set().union(*layer.missing(mesh)) for layer, mesh in zip(layers, meshes, strict=True)]
+        finer = [_finer(mesh, _relative(*of, largest), config) for mesh, of in zip(meshes, off, strict=True)]
+        changed = [at for at in range(depth) if finer[at] != meshes[at]]
+        meshes = finer
     found = [layer.integrated(mesh) for layer, mesh in zip(layers, meshes, strict=True)]
     s1, s2 = torch.stack([layer.s1 for layer in found], 1), torch.stack([layer.s2 for layer in found], 1)
     return *chosen(captured, config, s1, s2), found
@@ -194,4 +197,6 @@ def _regrouped(packing: Packing, groups: list[Slots], meshes: Sequence[Mesh]) ->
     """Those slots that the next block's meshes ask for, in as few replays as hold them."""
     here = {slot for group in groups for slot in group.slots}
     slots = [slot for slot in packing.asked([nodes_of(mesh) for mesh in meshes]) if slot in here]
-    return [packing.gathered(groups, part) for part in packing.packed(slots)] if slots else []
+    parts = packing.packed(slots) if slots else []
+    same = parts == [group.slots for group in groups]
+    return groups if same else [packing.gathered(groups, part) for part in parts]

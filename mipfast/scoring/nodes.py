@@ -168,8 +168,10 @@ class ResidualNodes(NodeGroup):
         earlier = self._moving()
         with torch.enable_grad():
             self.replay.push(state, None)
-            value = value_of(self.replay.run())
-            self.replay.drop()
+            try:
+                value = value_of(self.replay.run())
+            finally:  # out of memory, its halves go on from here
+                self.replay.drop()
             grad, *state_grads = gradients_of(value, [state, *(s for s, _ in earlier)])
         tangents = [tangent for _, tangent in earlier]
         if self._d_output is not None:

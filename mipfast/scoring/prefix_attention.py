@@ -66,15 +66,16 @@ class Prefix:
     samples: Tensor | None = None
 
     @cached_property
-    def places(self) -> Tensor | None:
-        """Of the sequences among copies of the whole batch, as few as hold them."""
+    def places(self) -> tuple[Tensor, int] | None:
+        """(of the sequences among copies of the whole batch, how many copies hold them)."""
         if self.samples is None:
             return None
         n, later = len(next(iter(self.layers.values()))[0]), torch.arange(len(self.samples), device=self.samples.device)
         order = self.samples.argsort(stable=True)
         counts = torch.bincount(self.samples, minlength=n)
         copy = later - (counts.cumsum(0) - counts)[self.samples[order]]
-        return torch.empty_like(order).index_copy_(0, order, copy * n + self.samples[order])
+        places = torch.empty_like(order).index_copy_(0, order, copy * n + self.samples[order])
+        return places, int(counts.max())
 
 
 class UnsupportedAttention(Exception):
@@ -131,7 +132,7 @@ def _attend(
     clean_key: Tensor | None,
     clean_value: Tensor | None,
     samples: Tensor | None = None,
-    places: Tensor | None = None,
+    places: tuple[Tensor, int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -140,12 +141,12 @@ def _attend(
 ) -> Tensor:
     """Softmax attention [m·n,S',heads,d] of suffix queries [m·n,heads,S',d] over the clean prefix (shared by the m
     copies) and their own suffix keys. mask [n or 1,1,S',S] is added to the scores; sliding_window is in it already.
-    With samples [rows] there are as many queries, keys and masks, and places [rows] among m copies of the batch."""
+    With samples [rows] there are as many queries, keys and masks, and places ([rows], m) among copies of the batch."""
     if any(ignored.get(name) is not None for name in families.UNKNOWN_TO_PREFIX):
         raise UnsupportedAttention(f"attention sinks or biases: {sorted(ignored)}")
     rows, heads, length, width = query.shape
     n, shared = (len(clean_key) if clean_key is not None else rows), key.shape[1]
-    m, group = (rows // n if places is None else int(places.max()) // n + 1), heads // shared
+    m, group = (rows // n if places is None else places[1]), heads // shared
     scaling = scaling if scaling is not None else width**-0.5
     before = clean_key.shape[2] if clean_key is not None else 0
     if softcap is None and (clean_key is None or before <= length and length >= TORCH_FROM):
@@ -185,13 +186,13 @@ def _attend(
     return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous()
 
 
-def _over_prefix(x: Tensor, clean: Tensor, m: int, n: int, places: Tensor | None) -> Tensor:
+def _over_prefix(x: Tensor, clean: Tensor, m: int, n: int, places: tuple[Tensor, int] | None) -> Tensor:
     """The product of x [rows,shared,group,S',x] with what every sample has once, clean [n,shared,x,y]."""
     group, length = x.shape[2:4]
     if places is not None:
-        x = x.new_zeros(m * n, *x.shape[1:]).index_copy(0, places, x)
+        x = x.new_zeros(m * n, *x.shape[1:]).index_copy(0, places[0], x)
     found = _ungroup(_regroup(x, m, n) @ clean, m, n, group, length)
-    return found if places is None else found[places]
+    return found if places is None else found[places[0]]
 
 
 def _regroup(x: Tensor, m: int, n: int) -> Tensor:

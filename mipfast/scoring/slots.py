@@ -114,8 +114,8 @@ class CleanSlots(ResidualSlots, CleanNode):
 class Packing:
     """How slots of one captured batch run: by the cheapest exact route, in replays of no more than `most` slots.
 
-    run: one unscaled copy past every block, where blocks add their FFN's output; None for the native way. divisible:
-    whether a slot can be any sample; else they come as whole batches. carry: with d state / d alpha, for completeness.
+    additive: whether blocks add their FFN's output; else the native way. divisible: whether a slot can be any sample;
+    else they come as whole batches. carry: with d state / d alpha, for completeness.
     """
 
     def __init__(self, route: Capture, additive: bool, fitting: int, carry: bool, objective: Valued):
@@ -168,7 +168,8 @@ class Packing:
         found = self.new(slots)
 
         def past(layer: int) -> bool:
-            found.baseline_output()
+            if isinstance(found, ResidualSlots):
+                found.baseline_output()
             found.advance(acts[layer], paths[layer])
             return True
 

@@ -43,6 +43,7 @@ class CleanRun:
         if not self.known and self.additive:
             self._take(clean_states=True)
         if not self.known:
+            self.replay = Replay(self.capture, 1)  # anew, where memory ran out on the way
             self.replay.walk(self.capture.stack.num_layers, self._past_natively)
 
     def _take(self, clean_states: bool) -> None:
