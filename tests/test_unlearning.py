@@ -196,7 +196,8 @@ def test_half_precision_models_are_scored_in_float32(dtype, modality):
     model, half = tiny_qwen_vl(), tiny_qwen_vl().to(dtype)
     batch = image_batch(model, 2)
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-    want, found = locate(model, batch, modality=modality), locate(half, cast, modality=modality)
+    settings = dict(modality=modality, n_steps=4 if modality == "text" else 2)  # to tol each might take its own nodes
+    want, found = locate(model, batch, **settings), locate(half, cast, **settings)
     off = (found.scores - want.scores).abs().amax(-1) / want.scores.abs().amax(-1)
     assert found.scores.dtype == torch.float32 and off.max() < 16 * torch.finfo(dtype).eps
     assert torch.tensor(found.report["residuals"]).isfinite().all()
