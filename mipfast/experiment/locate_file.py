@@ -292,7 +292,9 @@ def read(folder: str | Path) -> Attribution:
     }
     dead = (set(one["layers_without_gradient"]) for one in reports)
     report["layers_without_gradient"] = sorted(set.intersection(*dead))
-    scores, paths, error = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path", "error"))
+    scores, paths = (torch.cat([tensors[name] for tensors, _ in parts]) for name in ("scores", "path"))
+    untold = torch.full(scores.shape[:2], torch.nan)  # by a version that did not ask
+    error = torch.cat([tensors["error"] for tensors, _ in parts]) if "error" in parts[0][0] else untold
     return Attribution(scores, paths, report | convergence(error, report["config"]), error)
 
 
@@ -348,7 +350,9 @@ class _Sums:
             "num_labels": [1, 1],  # the scores are per label already
             "aggregate": {"samples": samples, "rows": "mean + sd, mean - sd of the scores per label"},
         }
-        scores, error = torch.stack([mean + sd, mean - sd]).float(), self.tensors["error"].expand(2, -1).contiguous()
+        scores = torch.stack([mean + sd, mean - sd]).float()
+        untold = torch.full(scores.shape[1:2], torch.nan)  # by a version that did not ask
+        error = self.tensors.get("error", untold).expand(2, -1).contiguous()
         report = self.facts["report"] | facts
         report |= convergence(error, report["config"])
         return Attribution(scores, path.expand(2, -1, -1).contiguous(), report, error)
