@@ -18,10 +18,11 @@ from tiny import (
     tiny_moe,
     tiny_polynomial,
     tiny_qwen_vl,
+    unchecked_route,
 )
 
 import mipfast
-from mipfast.scoring import prefix_attention
+from mipfast.scoring import prefix_attention, search
 
 GAUSS = ["gausslegendre", "gaussradau"]
 METHODS = [*GAUSS, "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
@@ -329,6 +330,27 @@ def one_by_one(model, batch, found, **settings):
 def test_batched_is_one_by_one_text(llama, positions, padding):
     batch = text_batch(llama, [9, 12, 7], [2, 1, 3], padding, seed=7)
     one_by_one(llama, batch, mipfast.locate(llama, batch, positions=positions), positions=positions)
+
+
+def test_a_batch_of_mixed_lengths_runs_what_each_needs(llama, monkeypatch):
+    """A window per sample: the widest of them, not from the shortest prompt's end to the longest answer's."""
+    rows = []
+
+    def count(module, args):
+        rows.append(args[0].shape[1])
+
+    monkeypatch.setattr(search, "_check_route", unchecked_route)
+    batch = text_batch(llama, [9, 30, 16], [2, 1, 3], seed=7)
+    with llama.model.layers[0].mlp.register_forward_pre_hook(count):
+        mipfast.locate(llama, batch, n_steps=2)
+    assert set(rows[rows.index(batch["labels"].shape[1]) + 1 :]) == {3}  # behind the clean run
+
+
+def test_a_label_before_the_chosen_positions(llama, caplog):
+    """Its logits are not the first chosen position's."""
+    batch = text_batch(llama, [12, 12], [4, 5])
+    same(llama, batch, positions=[9], n_steps=2)
+    assert "natively" not in caplog.text
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

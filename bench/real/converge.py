@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mipfast import locate
 from mipfast.files import versions
 from mipfast.scoring import fixed, quadrature
+from mipfast.scoring.nodes import ResidualNodes
 
 PROMPTS = Path(__file__).with_name("prompts.json")
 
@@ -61,14 +62,26 @@ def batch_of(tokenizer, prompts, most=3):
     return {"input_ids": ids, "labels": labels, "attention_mask": attended}
 
 
-def along(path, model, batch, **settings):
-    """A fixed rule's scores [n,L,F] along a given path [n,L,k]."""
+def along(path, model, batch, truth, **settings):
+    """A fixed rule's scores [1,L,F] along a given path [1,L,k]; as in truth up to where that went another way."""
+    same = (path.sort(2).values == truth.path.sort(2).values).all(2)[0]
+    shared = int(same.long().cumprod(0).sum()) + 1
+    if shared > len(same):
+        return truth.scores
+    score = ResidualNodes.score
 
     def given(captured, config, s1, s2, first=0):
         return (s1 if config.score == "igi" else s2), path[:, first : first + s1.shape[1]]
 
-    with mock.patch.object(fixed, "chosen", given):
-        return locate(model, batch, residuals="none", **settings).scores
+    def of_the_rest(group, act, groups, value_of):
+        if len(group.replay.states) >= shared:
+            return score(group, act, groups, value_of)
+        group.baseline_output()
+        return None, torch.zeros(group.copies, 1)
+
+    with mock.patch.object(fixed, "chosen", given), mock.patch.object(ResidualNodes, "score", of_the_rest):
+        found = locate(model, batch, residuals="none", **settings).scores
+    return torch.cat([truth.scores[:, :shared], found[:, shared:]], 1)
 
 
 def relative(found, truth):
@@ -103,8 +116,7 @@ def measure(model, batch, tol, truth, nodes):
         found = locate(model, batch, tol=tol, residuals="none")
     seconds = time.process_time() - start
     settings = dict(method="substituted", n_steps=nodes)
-    same = (found.path.sort(2).values == truth.path.sort(2).values).all()
-    exact = truth.scores if same else along(found.path, model, batch, **settings)
+    exact = along(found.path, model, batch, truth, **settings)
     used, margins = torch.tensor(found.report["nodes"]), torch.tensor(found.report["margins"])
     settled = (margins > 1).cummin(1).values  # up to here
     return {

@@ -29,14 +29,15 @@ NATIVE = "native"  # in `checked`: faster ways than whole sequences were found w
 @dataclass(frozen=True, eq=False)
 class Capture:
     """entry: the module a replay calls again, with kwargs it got in the clean run: the decoder for a text stack, the
-    base model for a vision stack. last_block, last_ffn: the decoder's, where only label positions matter. start, stop:
-    the decoder's tokens that an intervention can change and a label can see. tokens: rows of the stack's flattened
-    token dimension; token_sample [tokens] their sample. activations[l]: clean down-projection inputs [R,F] at rows,
-    measured from baseline[l] [R,F] where there is one: what alpha scales. outputs[l]: clean block outputs [R,H] there.
-    base_output: what the head's wrapper got from the base model. extra_outputs: what blocks return besides their state
-    in transformers 4, None where they return no tuple. logits [n,q,V]: the clean run's, at the label positions.
-    checked: what `plan` has found out about the model. recording: of the decoder's attention, where it can be; prefix:
-    set in a capture that `suffix` has cut down to start..stop."""
+    base model for a vision stack. last_block, last_ffn: the decoder's, where only label positions matter. starts,
+    width: all that an intervention can change and a label can see of sample i are the decoder's tokens starts[i] to
+    starts[i] + width. tokens: rows of the stack's flattened token dimension; token_sample [tokens] their sample.
+    activations[l]: clean down-projection inputs [R,F] at rows, measured from baseline[l] [R,F] where there is one: what
+    alpha scales. outputs[l]: clean block outputs [R,H] there. base_output: what the head's wrapper got from the base
+    model. extra_outputs: what blocks return besides their state in transformers 4, None where they return no tuple.
+    logits [n,q,V]: the clean run's, at the label positions. checked: what `plan` has found out about the model.
+    recording: of the decoder's attention, where it can be; prefix: set in a capture that `suffix` has cut down to these
+    tokens."""
 
     model: nn.Module
     stack: Stack
@@ -45,8 +46,8 @@ class Capture:
     decoder: nn.Module
     last_block: nn.Module
     last_ffn: nn.Module
-    start: int
-    stop: int
+    starts: tuple[int, ...]
+    width: int
     kwargs: dict[str, Any]
     labels: Labels
     rows: Rows
@@ -249,9 +250,11 @@ def _capture(
                 f"activations of {stack.name} layer {layer} are not finite in samples {bad}; "
                 "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
             )
-    length = batch["labels"].shape[1]
-    position = seen["rows"].index - seen["rows"].sample * length
-    start, last = (_first_image(model, batch), 0) if vision else (int(position.min()), int(position.max()))
+    if vision:
+        first, last = _first_image(model, batch), int(labels.index.where(labels.mask, 0).max())
+        starts, width = (first,) * labels.num_samples, last + 1 - first
+    else:
+        starts, width = _windows(seen["rows"], labels, batch["labels"].shape[1])
     return Capture(
         model=model,
         stack=stack,
@@ -260,8 +263,8 @@ def _capture(
         decoder=decoder,
         last_block=sites.text.blocks[-1],
         last_ffn=sites.text.ffns[-1],
-        start=start,
-        stop=max(last, int(labels.index.where(labels.mask, 0).max())) + 1,
+        starts=starts,
+        width=width,
         labels=labels,
         activations=activations,
         outputs=outputs,
@@ -280,6 +283,18 @@ def chosen_rows(
     rows = vision_rows(counts, positions) if vision else text_rows(batch, positions, labels)
     token_sample = torch.arange(len(counts), device=flat.device).repeat_interleave(counts)
     return Rows(rows.sample.to(flat.device), rows.index.to(flat.device)), token_sample
+
+
+def _windows(rows: Rows, labels: Labels, length: int) -> tuple[tuple[int, ...], int]:
+    """(the first token of every sample's window, their width): from the first chosen row or label to the last."""
+    labelled = labels.index.to(rows.index.device)
+    chosen = torch.where(labels.mask.to(labelled.device), labelled, labelled[:, :1])
+    position = rows.index - rows.sample * length
+    first = chosen.amin(1).scatter_reduce(0, rows.sample, position, "amin")
+    last = chosen.amax(1).scatter_reduce(0, rows.sample, position, "amax")
+    starts, stops = torch.stack([first, last + 1]).tolist()
+    width = max(stop - start for start, stop in zip(starts, stops, strict=True))
+    return tuple(min(start, length - width) for start in starts), width
 
 
 def _first_image(model: Any, batch: Batch) -> int:

@@ -118,7 +118,7 @@ def _modelled(captured: Capture, first: int = 0) -> int:
         return blocks * tokens * (8 * hidden + 3 * neurons) * captured.outputs[0].element_size()
 
     stack, language = captured.stack, cast(Any, captured.decoder.config)
-    suffix = captured.num_samples * (captured.stop - captured.start)
+    suffix = captured.num_samples * captured.width
     if captured.entry is captured.decoder:
         return tensors(stack.num_layers - first, suffix, captured.outputs[0].shape[-1], stack.num_neurons)
     own = tensors(stack.num_layers - first, captured.tokens, captured.outputs[0].shape[-1], stack.num_neurons)

@@ -82,28 +82,30 @@ def _close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 16) -> 
 
 
 def suffix(capture: Capture) -> Capture | None:
-    """The capture for which the decoder runs on tokens start..stop alone: those before attend as a shared clean prefix.
-    None where there is nothing to cut, or the decoder's arguments do not say how."""
+    """The capture for which the decoder runs on every sample's window alone: the tokens before it attend as a shared
+    clean prefix. None where there is nothing to cut, or the decoder's arguments do not say how."""
     n, length = capture.num_samples, capture.batch["labels"].shape[1]
-    start, stop = capture.start, capture.stop
-    if capture.recording is None or (start, stop) == (0, length):
+    starts, width = capture.starts, capture.width
+    if capture.recording is None or width == length:
         return None
-    prefix = capture.recording.suffix(start, stop)
+    prefix = capture.recording.suffix(starts, width)
     if prefix is None:
         return None
-    index = (capture.labels.index - start).clamp(0, stop - start - 1)
+    first = torch.tensor(starts, device=capture.labels.index.device)
+    index = (capture.labels.index - first[:, None]).clamp(0, width - 1)
     capture = replace(capture, labels=Labels(index, capture.labels.target, capture.labels.mask), prefix=prefix)
     if capture.entry is not capture.decoder:
         return capture  # the decoder's arguments are cut when the replay reaches it
     try:
-        kwargs = _cut(capture.kwargs, start, stop)
+        kwargs = _cut(capture.kwargs, starts, width)
     except ValueError as error:
         log.debug("no suffix: %s", error)
         return None
-    device, position = capture.rows.index.device, capture.rows.index - capture.rows.sample * length
+    sample, device = capture.rows.sample, capture.rows.index.device
+    position = capture.rows.index - sample * length - first.to(device)[sample]
     return replace(
         capture,
         kwargs=kwargs,
-        rows=Rows(capture.rows.sample, capture.rows.sample * (stop - start) + position - start),
-        token_sample=torch.arange(n, device=device).repeat_interleave(stop - start),
+        rows=Rows(sample, sample * width + position),
+        token_sample=torch.arange(n, device=device).repeat_interleave(width),
     )

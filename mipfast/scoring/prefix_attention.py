@@ -1,12 +1,13 @@
 """Attention of many copies of a suffix over one clean prefix.
 
 In a causal decoder an intervention at positions >= start leaves every earlier token untouched. So only the tokens from
-start on run again, and all m copies attend to one set of recorded prefix keys and values, never repeated m times.
+start on run again, and all m copies attend to one set of recorded prefix keys and values, never repeated m times. Every
+sample has a start of its own, and all run as many tokens from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,26 +43,26 @@ class Recording:
             self.masks[id(given)] = given, hidden
         return self.masks[id(given)][1]
 
-    def suffix(self, start: int, stop: int) -> Prefix | None:
-        """None where some token before start looks at one from start on: the prefix would not stay clean."""
-        layers, clean = {}, set()
+    def suffix(self, starts: Sequence[int], width: int) -> Prefix | None:
+        """None where some token before its sample's start looks at one from start on: the prefix would not stay
+        clean."""
+        layers, masks = {}, dict[int, Tensor]()
+        longest = max(starts)
         for module, (key, value, mask) in self.seen.items():
-            if id(mask) not in clean:
-                looks = mask[:, :, :start, start : key.shape[2]] >= torch.finfo(mask.dtype).min / 4
-                if mask.shape[-1] < key.shape[2] or bool(looks.any()):
+            if id(mask) not in masks:
+                if mask.shape[-1] < key.shape[2] or _looks_ahead(mask[..., : key.shape[2]], starts):
                     return None
-                clean.add(id(mask))
-            layers[module] = (key[:, :, :start], value[:, :, :start], mask[:, :, start:stop, :stop])
-        return Prefix(start, stop, layers)
+                masks[id(mask)] = _cut_mask(mask, starts, width)
+            layers[module] = (key[:, :, :longest], value[:, :, :longest], masks[id(mask)])
+        return Prefix(layers)
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens start..stop run again; layers[module]: keys and values [n,heads,start,d], mask [n or
-    1,1,stop-start,stop]. samples: of every sequence that runs; None for copies of the whole batch."""
+    """layers[module]: keys and values [n,heads,P,d] of the P tokens of the longest prefix, mask [n or 1,1,width,P +
+    width], which hides those that are not in a sample's own. samples: of every sequence that runs; None for copies of
+    the whole batch."""
 
-    start: int
-    stop: int
     layers: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]
     samples: Tensor | None = None
 
@@ -76,6 +77,33 @@ class Prefix:
         copy = later - (counts.cumsum(0) - counts)[self.samples[order]]
         places = torch.empty_like(order).index_copy_(0, order, copy * n + self.samples[order])
         return places, int(counts.max())
+
+
+def window(starts: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """The tokens [n,width] of every sample's window; [1,width] where all start alike."""
+    distinct = starts if len(set(starts)) > 1 else starts[:1]
+    return torch.tensor(distinct, device=device)[:, None] + torch.arange(width, device=device)
+
+
+def _looks_ahead(mask: Tensor, starts: Sequence[int]) -> bool:
+    """Whether some token before its sample's start looks at one from start on, by a mask [n or 1,1,S,S]."""
+    seen, longest = mask[:, 0, : max(starts)] >= torch.finfo(mask.dtype).min / 4, max(starts)
+    if len(set(starts)) == 1:
+        return bool(seen[..., longest:].any())
+    inside = torch.arange(mask.shape[-1], device=mask.device) >= torch.tensor(starts, device=mask.device)[:, None]
+    return bool((seen & ~inside[:, :longest, None] & inside[:, None]).any())
+
+
+def _cut_mask(mask: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    """Of a mask [n or 1,1,S,S] the rows of every sample's window, and as columns the longest prefix and the window."""
+    longest, index = max(starts), window(starts, width, mask.device)
+    if len(index) == 1:
+        return mask[:, :, longest : longest + width, : longest + width]
+    rows = mask.expand(len(index), *mask.shape[1:])[torch.arange(len(index), device=mask.device)[:, None], 0, index]
+    outside = torch.arange(longest, device=mask.device) >= index[:, :1]
+    before = rows[..., :longest].masked_fill(outside[:, None], torch.finfo(mask.dtype).min / 2)
+    own = rows.gather(2, index[:, None].expand(-1, width, -1))
+    return torch.cat([before, own], -1)[:, None]
 
 
 class UnsupportedAttention(Exception):
@@ -111,7 +139,7 @@ def recording(decoder: Any) -> Iterator[Recording | None]:
 
 @contextmanager
 def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
-    """The decoder runs on tokens start..stop of copies of the batch; the mask it builds is not used."""
+    """The decoder runs on the windows of copies of the batch; the mask it builds is not used."""
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         clean_key, clean_value, mask = prefix.layers[module]

@@ -28,7 +28,7 @@ from mipfast.model.batch import without_labels
 from mipfast.model.head import base_model, label_states, with_states
 from mipfast.model.patching import replaced_forward
 from mipfast.scoring.capture import Capture
-from mipfast.scoring.prefix_attention import attending
+from mipfast.scoring.prefix_attention import attending, window
 
 _forward_mode_lock = threading.Lock()
 
@@ -314,7 +314,7 @@ class Replay:
     def _cut_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args or self.capture.prefix is None:
             raise ValueError("a decoder called with unnamed arguments cannot be cut")
-        return (), _cut(kwargs, self.capture.prefix.start, self.capture.prefix.stop, pictures_follow=True)
+        return (), _cut(kwargs, self.capture.starts, self.capture.width, pictures_follow=True)
 
     def _reach(self, block: nn.Module) -> None:
         """Run up to a block that no replay has reached yet, for its arguments."""
@@ -358,7 +358,7 @@ class Replay:
         """The labels among the decoder's rows of all copies, and how many rows these are. Kept: nonzero waits for the
         GPU."""
         capture, labels = self.capture, self.capture.labels
-        span = capture.stop - capture.start if capture.prefix else capture.batch["labels"].shape[1]
+        span = capture.width if capture.prefix else capture.batch["labels"].shape[1]
         sample, i = labels.mask.nonzero(as_tuple=True)
         tokens = labels.num_samples * span
         offsets = torch.arange(self.copies, device=sample.device) * tokens
@@ -458,20 +458,32 @@ def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:
     return value.repeat(times)
 
 
-def _cut(kwargs: dict[str, Any], start: int, stop: int, pictures_follow: bool = False) -> dict[str, Any]:
-    """A decoder's arguments for tokens start..stop; with pictures_follow none of them lies before start. Raises
-    ValueError for an argument that families.TOKEN_DIM does not know."""
+def _cut(kwargs: dict[str, Any], starts: Sequence[int], width: int, pictures_follow: bool = False) -> dict[str, Any]:
+    """A decoder's arguments for so many tokens of every sample from its start on; with pictures_follow no picture lies
+    before. Raises ValueError for an argument that families.TOKEN_DIM does not know."""
     cut: dict[str, Any] = {}
+    some = next(v for k, v in kwargs.items() if k in families.TOKEN_DIM and isinstance(v, torch.Tensor))
+    index = window(starts, width, some.device)
     for name, value in kwargs.items():
         if name == "attention_mask":
             cut[name] = None  # the recorded masks stand in
         elif isinstance(value, torch.Tensor) and name in families.TOKEN_DIM:
-            cut[name] = value.narrow(families.TOKEN_DIM[name], start, stop - start)
+            cut[name] = _cut_tokens(name, value, starts, index)
         elif isinstance(value, torch.Tensor | list | dict) and not (pictures_follow and name in families.DEEPSTACK):
             raise ValueError(f"how to cut the decoder's {name} is not known")
         else:
             cut[name] = value
     if cut.get("position_ids") is None:
-        some = next(v for k, v in kwargs.items() if k in families.TOKEN_DIM and isinstance(v, torch.Tensor))
-        cut["position_ids"] = torch.arange(start, stop, device=some.device)[None]
+        cut["position_ids"] = index
     return cut
+
+
+def _cut_tokens(name: str, value: torch.Tensor, starts: Sequence[int], index: torch.Tensor) -> torch.Tensor:
+    """A decoder's argument at its tokens index [n or 1,width]."""
+    dim, width = families.TOKEN_DIM[name], index.shape[1]
+    if len(index) == 1 or name in families.NO_BATCH_DIM:
+        return value.narrow(dim, max(starts), width)  # one place for all: a mask that is not used asks for it
+    tokens = value.movedim((families.BATCH_DIM.get(name, 0), dim), (0, 1))
+    tokens = tokens.expand(len(index), *tokens.shape[1:])
+    taken = tokens[torch.arange(len(index), device=index.device)[:, None], index]
+    return taken.movedim((0, 1), (families.BATCH_DIM.get(name, 0), dim))
