@@ -12,8 +12,19 @@ from slow_oracle import oracle
 from tiny import image_batch, split, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import Attribution, InputError, LocateConfig, locate
-from mipfast.scoring import memory, quadrature, slots, wave
-from mipfast.scoring.panels import GRADED, WHOLE, coarsened, error, errors, integral, nodes_of, refined
+from mipfast.scoring import memory, quadrature, slot_wave, slots, wave
+from mipfast.scoring.panels import (
+    COARSE,
+    GRADED,
+    WHOLE,
+    coarsened,
+    error,
+    errors,
+    integral,
+    nodes_of,
+    refined,
+    refined_to,
+)
 
 model = cache(build)
 TOWERS = [(name, stack) for name, family in FAMILIES.items() if family.picture for stack in family.stacks]
@@ -36,6 +47,28 @@ def test_a_mesh_is_exact_to_degree_five_and_tells_no_error_to_degree_three(mesh)
         assert abs(found[6] - exact[6]) > 1e-4
     of_panels = torch.stack([errors(values(mesh, f), mesh) for f in functions])
     assert of_panels[:4].abs().max() < 1e-15 and of_panels[4].min() > 0
+
+
+def test_before_any_panel_there_is_a_rule_of_degree_three():
+    functions = [lambda a, k=k: a**k for k in range(5)]
+    found = integral(values(COARSE, *functions), COARSE)
+    exact = torch.tensor([1 / (k + 1) for k in range(5)], dtype=torch.float64)
+    torch.testing.assert_close(found[:4], exact[:4], rtol=1e-13, atol=0)
+    assert abs(found[4] - exact[4]) > 1e-3
+    of_panels = torch.stack([errors(values(COARSE, f), COARSE) for f in functions])[:, 0]
+    assert of_panels[:2].abs().max() < 1e-15 and of_panels[2:].min() > 0
+    assert error([0.3], COARSE) == 0.3 and set(nodes_of(COARSE)) < set(nodes_of(WHOLE))
+
+
+def test_refining_to_a_bound_halves_the_worst_as_often_as_it_takes():
+    assert refined_to([0.015], COARSE, 129, 0.01) == WHOLE
+    assert refined_to([0.03], COARSE, 129, 0.01) == ((0.0, 0.5), (0.5, 1.0))
+    mesh = ((0.0, 0.25), (0.25, 0.5), (0.5, 1.0))
+    assert refined_to([1.0, 0.01, 0.01], mesh, 129, 0.1) == (
+        *((0.0, 0.0625), (0.0625, 0.125), (0.125, 0.1875), (0.1875, 0.25)),
+        *mesh[1:],
+    )
+    assert refined_to([1.0, 0.01, 0.01], mesh, 17, 0.1) == ((0.0, 0.125), (0.125, 0.25), *mesh[1:])
 
 
 def test_halving_keeps_every_node_and_asks_for_four_more():
@@ -211,14 +244,33 @@ def test_out_of_memory_goes_on_in_halves(search, monkeypatch, caplog):
             raise torch.OutOfMemoryError
         return score(self, **how)
 
-    score = wave.Wave.score
+    def short_of_slots(self):
+        if self.copies > 3:
+            halved.append(self)
+            raise torch.OutOfMemoryError
+        return score_slots(self)
+
+    score, score_slots, halved = wave.Wave.score, slot_wave.SlotWave.score, []
     monkeypatch.setattr(slots.Slots, "scored", short)
     monkeypatch.setattr(wave.Wave, "score", short_of_waves)
+    monkeypatch.setattr(slot_wave.SlotWave, "score", short_of_slots)
     with caplog.at_level(logging.WARNING, "mipfast"):
         found = locate(llama, batch, **settings)
     assert "out of memory: going on with" in caplog.text
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-12)
     assert found.report["nodes"] == expected.report["nodes"]
+    assert (search == "pointwise") == bool(halved)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_wave_has_only_what_its_samples_asked_for(padding, monkeypatch):
+    seen, score = [], slot_wave.SlotWave.score
+    monkeypatch.setattr(slot_wave.SlotWave, "score", lambda self: (seen.append(self.slots), score(self))[1])
+    llama = tiny_llama(torch.float64)
+    found = locate(llama, text_batch(llama, [9, 12, 7], [2, 3, 1], padding), search="pointwise", tol=1e-5)
+    added = [slot for of_wave in seen for of_layer in of_wave for slot in of_layer]
+    first = [len(nodes_of(mesh)) for mesh in (GRADED, *[COARSE] * (found.scores.shape[1] - 1))]
+    assert len(added) == sum(n - m for nodes in found.report["nodes"] for n, m in zip(nodes, first, strict=True))
 
 
 def test_a_replay_holds_no_more_slots_than_fit(monkeypatch):

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from mipfast.scoring import memory
+from mipfast.scoring import memory, slot_wave
 from mipfast.scoring.attribution import chosen
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.config import LocateConfig
-from mipfast.scoring.nodes import with_oom_halving
-from mipfast.scoring.panels import GRADED, WHOLE, Mesh, coarsened, error, errors, integral, nodes_of, refined
+from mipfast.scoring.nodes import Sums, with_oom_halving
+from mipfast.scoring.panels import (
+    COARSE,
+    GRADED,
+    WHOLE,
+    Mesh,
+    coarsened,
+    error,
+    errors,
+    integral,
+    nodes_of,
+    refined,
+    refined_to,
+)
 from mipfast.scoring.plan import plan
-from mipfast.scoring.slots import Packing, Slots, Valued, slot_sums
+from mipfast.scoring.slots import Packing, Slot, Slots, Valued, slot_sums
 from mipfast.scoring.wave import CleanRun, LayerGradient
 
 FEW_AT_ONE = 64  # rows of all layers up to which one more node costs less than a pass of its own
@@ -48,9 +60,13 @@ class Layer:
 
     def add(self, slots: Slots, act: torch.Tensor) -> None:
         """What a replay of slots finds."""
-        (s1, s2), along = slots.scored(act)
-        for i, (sample, alpha) in enumerate(slots.slots):
-            self._known[sample][alpha] = (s1[i], s2[i], along[i], slots.values[i])
+        sums, along = slots.scored(act)
+        self.add_slots(slots.slots, sums, along, slots.values)
+
+    def add_slots(self, slots: list[Slot], sums: Sums, along: torch.Tensor, values: torch.Tensor) -> None:
+        """Of each slot (s1, s2) [s,F], dF/d alpha along the path [s], F [s]."""
+        for (sample, alpha), *found in zip(slots, *sums, along, values, strict=True):
+            self._known[sample][alpha] = tuple(found)
 
     def add_gradient(self, gradient: LayerGradient, clean: CleanRun) -> None:
         """What a wave found."""
@@ -82,7 +98,7 @@ class Layer:
         parts = (
             torch.stack([integral(values, mesh) for values, mesh in self._values(meshes, which)]) for which in range(3)
         )
-        off = [errors(values, mesh)[: len(mesh)].norm() for values, mesh in self._values(meshes, self._which)]
+        off = [errors(values, mesh)[: max(1, len(mesh))].norm() for values, mesh in self._values(meshes, self._which)]
         s1, s2, carried = parts
         at_zero = torch.stack([known[0.0][3] for known in self._known])
         return Integrated(s1, s2, carried, at_zero, torch.stack(off), [len(nodes_of(mesh)) for mesh in meshes])
@@ -96,7 +112,7 @@ def greedy(
     captured: Capture, config: LocateConfig, fitting: int, measure: bool, objective: Valued
 ) -> tuple[torch.Tensor, torch.Tensor, list[Integrated]]:
     """Layer by layer along the path: (scores [n,L,F], path [n,L,k], every layer's integral)."""
-    assert config.tol is not None
+    assert config.max_nodes is not None and config.tol is not None
     acts, n = captured.activations, captured.num_samples
     route, run = plan(captured, clean_states=True)
     packing = Packing(route, run is not None, fitting, measure, objective)
@@ -118,7 +134,7 @@ def greedy(
                 groups += new
             of_panels, norms = layer.errors(meshes)
             relative = _relative(of_panels, norms, largest)
-            finer = _finer(meshes, relative, config)
+            finer = _finer(meshes, relative, config, partial(refined, max_nodes=config.max_nodes))
             if finer == meshes:
                 break
             meshes = finer
@@ -138,11 +154,14 @@ def greedy(
 def pointwise(
     captured: Capture, config: LocateConfig, fitting: int, measure: bool, objective: Valued
 ) -> tuple[torch.Tensor, torch.Tensor, list[Integrated]]:
-    """As `greedy`, without a path: a wave of all layers, and more waves of what is missing then. A node that one sample
-    asks for is every sample's."""
+    """As `greedy`, without a path: a wave of all layers, and more waves of the slots that are missing then. Where a
+    batch cannot be divided, a node that one sample asks for is every sample's."""
+    assert config.max_nodes is not None and config.tol is not None
     clean, depth = CleanRun(captured), captured.stack.num_layers
     layers = [Layer(captured, config) for _ in range(depth)]
-    meshes = [[mesh] * captured.num_samples for mesh in (_first(config), *[WHOLE] * (depth - 1))]
+    later = COARSE if config.modality == "text" else WHOLE
+    meshes = [[mesh] * captured.num_samples for mesh in (_first(config), *[later] * (depth - 1))]
+    packing = Packing(clean.capture, clean.additive, fitting, False, objective)
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective(logits, clean.capture.labels)
@@ -153,15 +172,19 @@ def pointwise(
     off: list[tuple[list[list[float]], list[float]]] = [([], [])] * depth
     changed = list(range(depth))
     while changed:
-        missing: dict[int, set[float]] = {at: set().union(*layers[at].missing(meshes[at])) for at in changed}
-        if any(missing.values()):
-            nodes = [torch.tensor(sorted(missing.get(at, ())), dtype=torch.float64) for at in range(depth)]
+        missing = [packing.asked(layers[at].missing(meshes[at])) if at in changed else [] for at in range(depth)]
+        if clean.known and packing.divisible:
+            for layer, slots, sums, values in slot_wave.scored(clean, packing, missing, config.memory_budget):
+                layers[layer].add_slots(slots, sums, torch.zeros_like(values), values)
+        else:
+            nodes = [torch.tensor(sorted({a for _, a in slots}), dtype=torch.float64) for slots in missing]
             for one in clean.gradients(nodes, config.memory_budget, value_of):
                 layers[one.layer].add_gradient(one, clean)
         for at in changed:
             off[at] = layers[at].errors(meshes[at])
         largest = [max(of_sample) for of_sample in zip(*(norms for _, norms in off), strict=True)]
-        finer = [_finer(mesh, _relative(*of, largest), config) for mesh, of in zip(meshes, off, strict=True)]
+        refine = partial(refined_to, max_nodes=config.max_nodes, bound=config.tol)
+        finer = [_finer(mesh, _relative(*of, largest), config, refine) for mesh, of in zip(meshes, off, strict=True)]
         changed = [at for at in range(depth) if finer[at] != meshes[at]]
         meshes = finer
     found = [layer.integrated(mesh) for layer, mesh in zip(layers, meshes, strict=True)]
@@ -170,7 +193,8 @@ def pointwise(
 
 
 def _scored(layer: Layer, captured: Capture, at: int, slots: Slots) -> None:
-    with memory.measured(captured, [at] * slots.copies):
+    share = slots.packing.least / captured.num_samples
+    with memory.measured(captured, [at] * slots.copies, share):
         layer.add(slots, captured.activations[at])
 
 
@@ -186,11 +210,13 @@ def _relative(of_panels: list[list[float]], norms: list[float], largest: Sequenc
     return [[one / of_sample for one in panels] for panels, of_sample in zip(of_panels, by, strict=True)]
 
 
-def _finer(meshes: list[Mesh], relative: list[list[float]], config: LocateConfig) -> list[Mesh]:
+def _finer(
+    meshes: list[Mesh], relative: list[list[float]], config: LocateConfig, refine: Callable[..., Mesh]
+) -> list[Mesh]:
     """For the samples whose error is above tol, as long as nodes are left."""
-    assert config.tol is not None and config.max_nodes is not None
+    assert config.tol is not None
     pairs = zip(relative, meshes, strict=True)
-    return [refined(e, mesh, config.max_nodes) if error(e, mesh) > config.tol else mesh for e, mesh in pairs]
+    return [refine(e, mesh) if error(e, mesh) > config.tol else mesh for e, mesh in pairs]
 
 
 def _regrouped(packing: Packing, groups: list[Slots], meshes: Sequence[Mesh]) -> list[Slots]:

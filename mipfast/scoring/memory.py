@@ -43,9 +43,9 @@ def kept(captured: Capture, first: int = 0) -> float:
 
 
 @contextmanager
-def measured(captured: Capture, copies: Iterable[int]) -> Iterator[None]:
-    """Correct the model of bytes by what autograd keeps in here of copies that run from these blocks on; once per model
-    and tower."""
+def measured(captured: Capture, copies: Iterable[int], share: float = 1.0) -> Iterator[None]:
+    """Correct the model of bytes by what autograd keeps in here of copies, or of this share of each, that run from
+    these blocks on; once per model and tower."""
     known = _corrections.setdefault(captured.model, {})
     if captured.stack.name in known:
         yield
@@ -61,7 +61,7 @@ def measured(captured: Capture, copies: Iterable[int]) -> Iterator[None]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
     total = sum(size for address, size in stored.items() if address not in weights)
-    modelled = sum(_modelled(captured, first) for first in copies)
+    modelled = share * sum(_modelled(captured, first) for first in copies)
     if total and modelled:  # 0 at alpha = 1, which reuses the clean run's gradient and saves no tensors
         known[captured.stack.name] = total / modelled
 

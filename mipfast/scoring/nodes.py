@@ -18,6 +18,7 @@ from mipfast import ops
 from mipfast.scoring.capture import Capture
 from mipfast.scoring.plan import plan
 from mipfast.scoring.replay import Replay
+from mipfast.scoring.staggered import Staggered
 
 log = logging.getLogger("mipfast")
 Result = TypeVar("Result")
@@ -266,7 +267,7 @@ def staggered_values(clean: Replay, starts: list[torch.Tensor], copies: int, val
     every = range(len(starts))
     with torch.no_grad():
         parts = [every[i : i + copies] for i in every[::copies]]
-        passes = [clean.staggered(part, [1] * len(part), starts.__getitem__) for part in parts]
+        passes = [Staggered(clean, part, [1] * len(part)).logits(starts.__getitem__) for part in parts]
         return torch.cat([value_of(logits).view(-1, clean.capture.num_samples) for logits in passes])
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,17 +65,21 @@ class Prefix:
     layers: dict[nn.Module, tuple[Tensor, Tensor, Tensor]]
     samples: Tensor | None = None
 
-    @cached_property
-    def places(self) -> tuple[Tensor, int] | None:
-        """(of the sequences among copies of the whole batch, how many copies hold them)."""
+    _places: dict[int, tuple[Tensor, int]] = field(default_factory=dict, init=False)
+
+    def places(self, rows: int) -> tuple[Tensor, int] | None:
+        """(of the first `rows` sequences among copies of the whole batch, how many copies hold them)."""
         if self.samples is None:
             return None
-        n, later = len(next(iter(self.layers.values()))[0]), torch.arange(len(self.samples), device=self.samples.device)
-        order = self.samples.argsort(stable=True)
-        counts = torch.bincount(self.samples, minlength=n)
-        copy = later - (counts.cumsum(0) - counts)[self.samples[order]]
-        places = torch.empty_like(order).index_copy_(0, order, copy * n + self.samples[order])
-        return places, int(counts.max())
+        if rows not in self._places:
+            samples = self.samples[:rows]
+            n, later = len(next(iter(self.layers.values()))[0]), torch.arange(rows, device=samples.device)
+            order = samples.argsort(stable=True)
+            counts = torch.bincount(samples, minlength=n)
+            copy = later - (counts.cumsum(0) - counts)[samples[order]]
+            places = torch.empty_like(order).index_copy_(0, order, copy * n + samples[order])
+            self._places[rows] = places, int(counts.max())
+        return self._places[rows]
 
 
 def window(starts: Sequence[int], width: int, device: torch.device) -> Tensor:
@@ -143,9 +146,10 @@ def attending(decoder: Any, prefix: Prefix) -> Iterator[None]:
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         clean_key, clean_value, mask = prefix.layers[module]
-        if prefix.samples is not None and len(mask) > 1:
-            mask = mask[prefix.samples]
-        given = (mask, clean_key, clean_value, prefix.samples, prefix.places)
+        samples = None if prefix.samples is None else prefix.samples[: len(query)]  # some may have yet to leave
+        if samples is not None and len(mask) > 1:
+            mask = mask[samples]
+        given = (mask, clean_key, clean_value, samples, prefix.places(len(query)))
         return _attend(query, key, value, *given, **kwargs), None
 
     with replaced_attention([decoder.config], NAME, attend):

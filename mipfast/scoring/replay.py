@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Replay:
         offsets = torch.arange(copies, device=capture.rows.index.device) * capture.tokens
         self._index = (offsets[:, None] + capture.rows.index).flatten()
         self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
-        self.states: list[torch.Tensor] = []
+        self.states: Any = []  # of tensors
         self.baseline_outputs: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
         self.sizes: dict[int, Any] = {}
@@ -60,62 +61,6 @@ class Replay:
             if values is not None:
                 patches.enter_context(self._overwritten(layer, values))
             return self._run(at_labels=values is None or stack.blocks[layer] is not self.capture.last_block)
-
-    def staggered(
-        self,
-        layers: range,
-        copies: Sequence[int],
-        start_of: Callable[[int], torch.Tensor],
-        ride: Callable[[int, torch.Tensor], None] | None = None,
-    ) -> torch.Tensor:
-        """Logits [m·n,q,V] of m copies that leave this single one at block after block, so many of them at each of
-        these layers: start_of(layer) is what its block returns to them. From there on they run together, so that every
-        block is read once; before it they are this copy, which is past all these blocks. Or it gets there on the way:
-        with ride it runs along through all blocks, and ride(layer, output with the neurons at their baseline) is to
-        take it past each. That asks for `sizes`, see `measure_calls`."""
-        blocks, own = self.capture.stack.blocks, 1 if ride else 0
-        wave = Replay(self.capture, own + sum(copies))
-        wave.states = self.states[: layers.start]
-        with ExitStack() as patches:
-            for layer in range(layers.start, len(blocks) if ride else layers.stop):
-                block = blocks[layer]
-                joined = partial(self._joined, wave, layers, copies, start_of, ride, layer, block.forward)
-                # not a hook: transformers' own output-recording hook would run first and see the unmodified output
-                patches.enter_context(replaced_forward(block, joined))
-            whole = ride is not None and blocks[-1] is self.capture.last_block
-            return wave._run(at_labels=not whole)[own * self.capture.num_samples :]
-
-    def _joined(
-        self,
-        wave: Replay,
-        layers: range,
-        copies: Sequence[int],
-        start_of: Callable[[int], torch.Tensor],
-        ride: Callable[[int, torch.Tensor], None] | None,
-        layer: int,
-        native: Callable[..., Any],
-        /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """A block of the wave: those that left before run, others join them, the rest wait in this copy's state."""
-        call, parts = _state_first(args, kwargs), []
-        if running := (1 if ride else 0) + sum(copies[: layer - layers.start]):
-            args, kwargs = _first_copies(call, self.sizes[layer], running, wave.copies)
-            with ExitStack() as patches:
-                if ride:
-                    patches.enter_context(self._overwritten(layer, self._baseline(layer)))
-                output = native(*args, **kwargs)
-            state = _by_copy(output[0] if isinstance(output, tuple) else output, running)
-            if ride:
-                own = len(state) // running
-                ride(layer, state[:own].detach())
-                parts, state = [self.states[layer]], state[own:]
-            parts.append(state)
-        if layer in layers and copies[layer - layers.start]:
-            parts.append(start_of(layer))
-        waiting = sum(copies[layer + 1 - layers.start :])
-        return wave._output(torch.cat([*parts, *[self.states[layer]] * waiting]), call[0][0])
 
     def measure_calls(self) -> None:
         """Fill `sizes` by a run of the model whose blocks do nothing; this copy stays where it stands."""
@@ -335,34 +280,35 @@ class Replay:
     def _last_block_at_labels(self) -> Iterator[None]:
         """What the decoder's last FFN and the projections of its attention's queries and output do elsewhere, no label
         sees: zero is returned there."""
-        block, (index, tokens) = self.capture.last_block, self._label_rows
+        block, (index, ends, span) = self.capture.last_block, self._label_rows
 
         def at_labels(hidden: torch.Tensor, *others: Any, native: Any) -> torch.Tensor:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            running, rest = divmod(len(rows) * self.copies, tokens)  # fewer than all where some have yet to leave
-            if rest or running > self.copies or others:  # Bloom's FFN is also given what it is added to
+            running, rest = divmod(len(rows), span)  # fewer than all where some have yet to leave
+            if rest or running >= len(ends) or others:  # Bloom's FFN is also given what it is added to
                 return native(hidden, *others)
-            at = index[: len(index) // self.copies * running]
+            at = index[: ends[running]]
             output = native(rows[None, at])[0]
             return output.new_zeros(len(rows), output.shape[-1]).index_copy(0, at, output).view(*hidden.shape[:-1], -1)
 
         with ExitStack() as patches:
-            if len(index) < tokens:
+            if len(index) < span * (len(ends) - 1):
                 projections = (m for name, m in block.named_modules() if name.rpartition(".")[2] in families.ROW_BY_ROW)
                 for module in (self.capture.last_ffn, *projections):
                     patches.enter_context(replaced_forward(module, partial(at_labels, native=module.forward)))
             yield
 
     @cached_property
-    def _label_rows(self) -> tuple[torch.Tensor, int]:
-        """The labels among the decoder's rows of all copies, and how many rows these are. Kept: nonzero waits for the
-        GPU."""
+    def _label_rows(self) -> tuple[torch.Tensor, list[int], int]:
+        """(the labels among the decoder's rows of all copies; how many of them the first 0, 1, ... sequences have; rows
+        of a sequence). Kept: nonzero waits for the GPU."""
         capture, labels = self.capture, self.capture.labels
         span = capture.width if capture.prefix else capture.batch["labels"].shape[1]
         sample, i = labels.mask.nonzero(as_tuple=True)
-        tokens = labels.num_samples * span
-        offsets = torch.arange(self.copies, device=sample.device) * tokens
-        return (offsets[:, None] + sample * span + labels.index[sample, i]).flatten(), tokens * self.copies
+        offsets = torch.arange(self.copies, device=sample.device) * labels.num_samples * span
+        index = (offsets[:, None] + sample * span + labels.index[sample, i]).flatten()
+        ends = [0, *accumulate(labels.mask.sum(1).tolist() * self.copies)]
+        return index, ends, span
 
     def _output(self, state: torch.Tensor, like: torch.Tensor) -> Any:
         if state.numel() < like.numel():
@@ -426,21 +372,6 @@ def _sizes(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_sizes(item) for item in value]
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _first_copies(value: Any, of_one: Any, copies: int, total: int) -> Any:
-    """The first copies' part of a block's arguments of `total` copies, told by the sizes of one copy's: what grows with
-    the copies is divided among them, and so are fences around sequences, of which there is one more."""
-    if isinstance(value, dict):
-        return {key: _first_copies(item, of_one[key], copies, total) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_first_copies(item, one, copies, total) for item, one in zip(value, of_one, strict=True))
-    if isinstance(value, torch.Tensor):
-        for dim, one in enumerate(of_one):
-            if value.shape[dim] != one:
-                fence = value.shape[dim] != total * one
-                value = value.narrow(dim, 0, copies * (one - fence) + fence)
-    return value
 
 
 def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,9 +19,28 @@ from mipfast.scoring.capture import Capture
 from mipfast.scoring.nodes import Objective, Sums, gradients_of, staggered_values, with_oom_halving
 from mipfast.scoring.plan import _close, plan
 from mipfast.scoring.replay import Replay, repeated
+from mipfast.scoring.staggered import Staggered
 
 FEW = 256  # rows of a copy up to which reading the weights, not arithmetic, is what a clean run of its own costs
 ENOUGH = 2048  # rows of a wave: reading the weights once more for others costs nothing beside their arithmetic
+
+
+def spans(counts: Sequence[int], kept: Sequence[float], rows: float, room: float) -> list[tuple[range, float]]:
+    """Of counts copies that leave at each layer, each of so many rows, those that may share a wave: (layers, bytes left
+    of the room), from the last layer on."""
+    found, stop = [], len(counts)
+    while any(counts[:stop]):
+        start = stop - 1
+        left, copies = room - counts[start] * kept[start], counts[start]
+        while start:
+            more = counts[start - 1]
+            if more * kept[start - 1] > left or (copies + more) * rows > ENOUGH:
+                break
+            start, left, copies = start - 1, left - more * kept[start - 1], copies + more
+        if copies:
+            found.append((range(start, stop), left))
+        stop = start
+    return found
 
 
 class CleanRun:
@@ -98,28 +117,30 @@ class CleanRun:
     def waves(self, nodes: Sequence[torch.Tensor], room: float) -> list[Wave]:
         """All layers at their nodes, if they have any, in waves of no more rows than are enough, or one layer's, that
         keep no more than `room` bytes, or one node of one layer."""
-        device, stop, waves = self.capture.rows.index.device, self.capture.stack.num_layers, []
-        kept = [memory.kept(self.capture, layer + self.additive) for layer in range(stop)]
+        device, kept = self.capture.rows.index.device, self.kept()
         moved = {id(one): one.to(device) for one in nodes}
-        nodes = [moved[id(one)] for one in nodes]
-        while stop and not all(len(of_layer) == 0 for of_layer in nodes[:stop]):
-            start = stop - 1
-            left, copies = room - len(nodes[start]) * kept[start], len(nodes[start])
-            while start:
-                more = len(nodes[start - 1])
-                if more * kept[start - 1] > left or (copies + more) * self.capture.tokens > ENOUGH:
-                    break
-                start, left, copies = start - 1, left - more * kept[start - 1], copies + more
-            layers = range(start, stop)
+        nodes, waves = [moved[id(one)] for one in nodes], []
+        parts = spans([len(one) for one in nodes], kept, self.capture.tokens, room)
+        for layers, _ in parts:
             if len(layers) == 1:
-                fit = max(1, int(min(room / kept[start], len(nodes[start]))))
-                waves += [Wave(self, layers, (part,)) for part in nodes[start].split(fit) if len(part)]
+                fit = max(1, int(min(room / kept[layers.start], len(nodes[layers.start]))))
+                waves += [Wave(self, layers, (part,)) for part in nodes[layers.start].split(fit)]
             else:
-                waves.append(Wave(self, layers, tuple(nodes[start:stop])))
-            stop = start
-        if len(waves) == 1 and self.additive and self.capture.tokens <= FEW and left >= kept[0]:
+                waves.append(Wave(self, layers, tuple(nodes[layers.start : layers.stop])))
+        if len(waves) == 1 and self.additive and self.capture.tokens <= FEW and parts[0][1] >= kept[0]:
             waves[0] = replace(waves[0], rides=True)
         return waves
+
+    @cached_property
+    def sizes_of_one(self) -> dict[int, Any]:
+        """Of the tensors that each block is called with for one sample, see `Staggered`."""
+        probe = Replay(self.capture.of(torch.zeros(1, dtype=torch.int64, device=self.capture.rows.index.device)), 1)
+        probe.measure_calls()
+        return probe.sizes
+
+    def kept(self) -> list[float]:
+        """Bytes that a wave keeps of one copy that leaves at each layer."""
+        return [memory.kept(self.capture, layer + self.additive) for layer in range(self.capture.stack.num_layers)]
 
     def baseline_values(self, copies: int, value_of: Objective) -> torch.Tensor:
         """F [L,n] with each layer's neurons at their baseline, up to copies of them in one pass."""
@@ -216,9 +237,9 @@ class Wave:
         copies = [len(of_layer) for of_layer in self.nodes]
         if rider:
             rider.measure_calls()
-            return leaves, rider.staggered(self.layers, copies, start_of, ride)
+            return leaves, Staggered(rider, self.layers, copies).logits(start_of, ride)
         if self.clean.additive:
-            return leaves, run.staggered(self.layers, copies, start_of)
+            return leaves, Staggered(run, self.layers, copies).logits(start_of)
         starts = []
         for layer, of_layer in zip(self.layers, self.nodes, strict=True):
             if not len(of_layer):
@@ -229,4 +250,4 @@ class Wave:
                 replay.states.append(repeated(state, replay.copies))
             leaves.append(ops.riemann_interpolate(capture.activations[layer], of_layer).requires_grad_())
             starts.append(replay.block_output(leaves[-1]))
-        return leaves, run.staggered(self.layers, copies, lambda layer: starts[layer - self.layers.start])
+        return leaves, Staggered(run, self.layers, copies).logits(lambda layer: starts[layer - self.layers.start])
