@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+import yaml
 from families import FAMILIES, Float64, build, pictures, text
 from tiny import image_batch, text_batch, tiny_llama, tiny_llava, tiny_qwen_vl, unchecked_route
 from torch import nn
@@ -16,7 +17,7 @@ from mipfast.data import Record
 from mipfast.edit import unlearn as unlearning
 from mipfast.errors import DivergedError
 from mipfast.experiment import locate_file, pipeline
-from mipfast.experiment.config import Data, UnlearnStage
+from mipfast.experiment.config import Data, UnlearnStage, overlaid, settings_of
 from mipfast.integrations.captum import NeuronPathIG
 from mipfast.scoring import search, wave
 from mipfast.scoring.attribution import converged, strongest
@@ -335,6 +336,7 @@ def test_streamed_and_aggregated(demo, tmp_path, monkeypatch, config):
     config = LocateConfig(layers=[0, 1], **config)
     for aggregate in (False, True):
         locate_file.locate_file(*demo, records, tmp_path / str(aggregate), config, batch_size=2, aggregate=aggregate)
+    locate_file.locate_file(*demo, records, tmp_path / "False", config, batch_size=2)  # is finished
     every, sums = (locate_file.read(tmp_path / str(aggregate)) for aggregate in (False, True))
     assert_only(every, [0, 1])
     assert_only(sums, [0, 1])
@@ -422,6 +424,14 @@ def test_the_pipeline_scores_what_unlearn_does():
 def test_what_is_no_set_of_layers_is_refused(settings, said):
     with pytest.raises(InputError, match=said):
         LocateConfig(**settings)
+
+
+def test_layers_of_a_yaml_file():
+    config = overlaid(UnlearnStage(), {"text": {"layers": [1, 0]}, "vision": {"layers": [0]}})
+    assert config.text.layers == (0, 1) and config.vision.layers == (0,) and config.vision.modality == "vision"
+    assert "layers:\n- 0\n- 1\n" in yaml.safe_dump(settings_of(config)["text"])
+    with pytest.raises(InputError, match="text.layers=.* leaves out 0"):
+        overlaid(UnlearnStage(), {"text": {"layers": [1]}})
 
 
 def test_layers_are_kept_ascending():
