@@ -93,7 +93,7 @@ class NeuronPathIG:
             )
         rows = n_steps * find_labels(inputs).num_samples
         if search == "pointwise":
-            asked = LocateConfig(**self._where, search=search, layers=settings.get("layers"))
+            asked = LocateConfig(**self._where, search="pointwise", layers=settings.get("layers"))
             rows *= len(asked.scored(choose_stack(find_sites(self.model), asked).num_layers))
         config: dict[str, Any] = {
             "n_steps": n_steps,
