@@ -3,7 +3,7 @@ check of what the fields of a config hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -13,7 +13,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 NUMBERS = {int: Integral, float: Real}  # numpy's count too; True and False do not
-SHOWN = {bool: "True or False", int: "an integer", float: "a number", str: "a text", NoneType: "None"}
+SHOWN: dict[Any, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Sequence[int]: "a sequence of integers",
+    NoneType: "None",
+}
 
 
 class MipfastError(Exception):

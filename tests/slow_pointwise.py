@@ -6,16 +6,15 @@ from mipfast.scoring.nodes import CleanNode, HookedNodes, ResidualNodes
 from mipfast.scoring.replay import Replay, repeated
 
 
-def layer_by_layer(clean, nodes, weights, budget, value_of, groups):
-    """In the place of CleanRun.pointwise."""
+def layer_by_layer(clean, layers, nodes, weights, budget, value_of, groups):
+    """In the place of CleanRun.pointwise; of all layers, whichever are asked for."""
     clean.run()
     capture, at_one = clean.capture, nodes == 1
     steps = max(1, min(len(nodes), memory.copies_that_fit(capture, budget)))
     if clean.additive and bool(at_one.any()):
         one = Replay(capture, 1)
-        node = CleanNode(
-            one, nodes[at_one], weights[at_one], False, clean.replay.states, *one.clean_gradients(value_of)
-        )
+        found = one.clean_gradients(value_of, range(capture.stack.num_layers))
+        node = CleanNode(one, nodes[at_one], weights[at_one], False, clean.replay.states, *found)
         for layer, act in enumerate(capture.activations):
             yield from _part(layer, node.score(act, groups, value_of)[0])
             node.replay.push(clean.replay.states[layer], None)

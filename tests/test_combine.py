@@ -34,7 +34,7 @@ def joint(model, batch, positions="first", modality="text", method="riemann_left
     clean = captured(model, batch, positions, modality)
     rule = [part.split(per_replay or n_steps) for part in quadrature(method, n_steps)]
     value = partial(objective_value, labels=clean.labels, objective=objective)
-    return joint_search(clean, *rule, value, top_k, **settings)
+    return joint_search(clean, *rule, value, top_k, len(clean.activations), **settings)
 
 
 def assert_same(found, scores, path, tolerance=1e-9):

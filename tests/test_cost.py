@@ -1,6 +1,7 @@
 """The cost model: by hand, against speed.md's table, against counted FLOPs, and its growth."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -136,18 +137,27 @@ def counted(model, batch, config):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "gaussradau", "n_steps": 3}, {"search": "pointwise"}, {"residuals": "none"}],
+    [
+        {},
+        {"method": "gaussradau", "n_steps": 3},
+        {"search": "pointwise"},
+        {"residuals": "none"},
+        {"layers": range(5)},
+        {"layers": [3, 7, 8], "search": "pointwise"},
+        {"layers": [6, 7], "search": "one-pass"},
+    ],
 )
 def test_counted_flops_of_text(options):
     sizes = {"vocab_size": 61, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 128}
     model = tiny._settle(LlamaForCausalLM(tiny._llama_config(**sizes)), torch.float32)
-    config = LocateConfig(**{"n_steps": 4, **options})
+    config = LocateConfig(**{"n_steps": None if "one-pass" in options.values() else 4, **options})
     expected = estimate(model, prompt=32, answer=8, samples=3, batch_size=3, config=config)
     found = counted(model, tiny.text_batch(model, [40] * 3, [8] * 3), config)
     assert found == pytest.approx(total(expected.flops), rel=0.1)
 
 
-def test_counted_flops_of_vision(monkeypatch):
+@pytest.mark.parametrize("layers", [None, range(3)])
+def test_counted_flops_of_vision(layers, monkeypatch):
     """Patches of 4 pixels, so that embedding them, which the model leaves out, weighs as little as in a large model."""
     monkeypatch.setattr(tiny, "PATCH", 4)
     ids = {"image_token_id": tiny.IMAGE, "vision_start_token_id": tiny.VISION_START, "video_token_id": 63}
@@ -161,8 +171,9 @@ def test_counted_flops_of_vision(monkeypatch):
     batch = tiny.image_batch(model, 2, size=32, answer_lengths=[4, 4])
     prompt = batch["input_ids"].shape[1] - 4 - 16
     sizes = {"prompt": prompt, "answer": 4, "patches": 64, "samples": 2, "batch_size": 2}
-    expected = estimate(model, **sizes, config=VISION)
-    assert counted(model, batch, VISION) == pytest.approx(total(expected.flops), rel=0.12)
+    config = replace(VISION, layers=layers)
+    expected = estimate(model, **sizes, config=config)
+    assert counted(model, batch, config) == pytest.approx(total(expected.flops), rel=0.12)
 
 
 @pytest.mark.parametrize("modality", ["text", "vision"])
@@ -183,10 +194,29 @@ def test_a_wave_computes_what_layer_by_layer_does_and_reads_every_block_twice(mo
     assert of("pointwise", **many).bytes == of("greedy", **many).bytes
 
 
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_only_the_layers_that_are_scored_are_counted(modality):
+    sizes = dict(prompt=35, answer=9, patches=256 if modality == "vision" else 0)
+
+    def of(layers, **settings):
+        settings = dict(modality=modality, search="pointwise", n_steps=4, method="riemann_left") | settings
+        return estimate(QWEN_3B, **sizes, config=LocateConfig(layers=layers, **settings))
+
+    for settings in (dict(residuals="none"), dict(residuals="none", search="greedy")):
+        every, depth = of(None, **settings), getattr(QWEN_3B, modality).layers
+        assert of(range(depth), **settings) == every
+        assert of(range(depth - 1), **settings).flops["search"] < every.flops["search"]
+    one = [of([layer], residuals="none") for layer in range(depth)]
+    assert math.fsum(found.flops["search"] for found in one) == pytest.approx(of(None).flops["search"])
+    assert [found.memory for found in one] == sorted((found.memory for found in one), reverse=True)
+
+
 def test_impossible_questions_are_refused():
     with pytest.raises(mipfast.InputError, match="answer=0; expected at least 1"):
         mipfast.estimate(QWEN_3B, prompt=1, answer=0)
     with pytest.raises(mipfast.InputError, match="'A100'; expected one of H100, H200"):
         mipfast.estimate(QWEN_3B, prompt=1, answer=1, device="A100")
+    with pytest.raises(mipfast.InputError, match=r"the stack has no 36; expected indices in 0..35"):
+        mipfast.estimate(QWEN_3B, prompt=1, answer=1, config=LocateConfig(search="pointwise", layers=[36]))
     with pytest.raises(mipfast.InputError, match="patches > 0"):
         mipfast.estimate(QWEN_3B, prompt=1, answer=1, config=VISION)

@@ -51,6 +51,19 @@ def test_contrast_and_snr_worked_by_hand():
     assert chosen(both) == {0: [0], 1: [1]}
 
 
+def test_layers_that_were_not_scored_are_in_no_mean_and_no_choice():
+    nan = float("nan")
+    forget = attribution([[[nan] * 4, [0, 9, 0, 2], [3, 0, 0, 1]]], [[[-1], [1], [0]]])
+    retain = attribution([[[nan] * 4, [0, 30, 0, 0], [2, 0, 0, 0]]])
+    for one in (forget, retain):
+        one.report["layers"] = [1, 2]
+    assert chosen(NeuronPath.select(forget, 0.25, scope="stack")) == {1: [1], 2: [0]}  # 2 of 8
+    assert chosen(NeuronPath.select(forget, per_layer=1, aggregate="union")) == {1: [1], 2: [0]}
+    assert chosen(NeuronPath.select(forget, per_layer=1, aggregate="contrast", retain=retain)) == {1: [3], 2: [0]}
+    # the mean of D over both layers is 4: 9/30.4 < 2/.4, and 3/2.4 < 1/.4
+    assert chosen(NeuronPath.select(forget, per_layer=1, aggregate="snr", retain=retain)) == {1: [3], 2: [3]}
+
+
 def test_union_keeps_every_sample_s_path_and_skips_layers_without_gradient():
     paths = [[[0], [1]], [[2], [-1]]]
     assert chosen(NeuronPath.select(attribution(FORGET.scores.tolist(), paths), aggregate="union")) == {

@@ -408,9 +408,11 @@ def test_dry_run_shows_the_cost_and_runs_nothing(llama, text_file, tmp_path, mon
 
 def test_the_command_line_s_options_reach_the_config(mixed_file, tmp_path):
     options = "--positions 0,1 --n-steps 1 --top-k 2 --objective log_odds --limit 2 --dtype float32 --device cpu"
+    options += " --layers 0 1"
     result = command("--model", DEMO, "--data", mixed_file, "--out", tmp_path, *options.split(), "--aggregate")
     assert result.exit_code == 0, result.output
     config = locate_file.read(tmp_path).report["config"]
+    assert config["layers"] == locate_file.read(tmp_path).layers == [0, 1]
     assert config["positions"] == [0, 1] and config["n_steps"] == 1 and config["objective"] == "log_odds"
     wrong = command("--model", DEMO, "--data", mixed_file, "--out", tmp_path, "--modality", "sound")
     assert wrong.exit_code == 2 and all(word in wrong.output for word in ("--modality", "'sound'", "text", "vision"))

@@ -72,8 +72,8 @@ def along(path, model, batch, truth, **settings):
         return truth.scores
     score = ResidualNodes.score
 
-    def given(captured, config, s1, s2, first=0):
-        return (s1 if config.score == "igi" else s2), path[:, first : first + s1.shape[1]]
+    def given(captured, config, s1, s2, layers):
+        return (s1 if config.score == "igi" else s2), path[:, list(layers)]
 
     def of_the_rest(group, act, groups, value_of):
         if len(group.replay.states) >= shared:

@@ -55,27 +55,29 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         retain: Attribution | Sequence[Attribution] | None = None,
         scope: Literal["layer", "stack"] = "layer",
     ) -> NeuronPath:
-        """The best neurons of every stack the attributions speak of.
+        """The best neurons of every stack the attributions speak of, in the layers that were scored.
 
         Every sample's scores are first divided by its number of labels (IFI: its square), so that long answers do not
         dominate.
 
         Args:
             attributions: of the forget set; they may have the counterfactual baseline, which the origin then names.
-            fraction: share of the neurons, in (0, 1].
+            fraction: share of the scored layers' neurons, in (0, 1].
             per_layer: neurons of every layer, instead of fraction.
             aggregate: mean: mean forget score. contrast: minus the mean over the retain groups. union: every neuron on
                 any sample's path, whatever the budget. snr: mean forget score / (D + 0.1 mean D), D the root mean
-                square over the retain groups' samples, every group counted equally (docs/selection.md).
+                square over the retain groups' samples, every group counted equally (docs/selection.md), its mean over
+                the scored layers.
             retain: attributions with the zero baseline, each one group, for contrast and snr; without general knowledge
                 beside the retain set, general knowledge is what breaks.
-            scope: layer: the budget is every layer's. stack: fraction of the whole stack, wherever they are.
+            scope: layer: the budget is every layer's. stack: fraction of all scored layers, wherever they are.
 
         Returns:
             A NeuronPath with the attributions' fingerprint, without layers that no gradient reached.
 
         Raises:
-            InputError: for a budget larger than a layer, a missing retain set, attributions of different models.
+            InputError: for a budget larger than a layer, a missing retain set, attributions of different models or, in
+                one stack, of different layers.
 
         Example:
             >>> import torch
@@ -101,13 +103,15 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
         for stack, group in forget.items():
             if aggregate in ("contrast", "snr") and stack not in kept:
                 raise InputError(f"aggregate={aggregate!r} needs retain attributions of {stack}; found none")
+            layers = _same_layers(stack, [*group, *kept.get(stack, [])])
             if aggregate == "union":
-                paths = torch.cat([a.path for a in group])
+                paths = torch.cat([a.path[:, layers] for a in group])
                 chosen = [layer[layer >= 0].unique() for layer in paths.unbind(1)]
             else:
-                chosen = _best(_aggregate(group, kept.get(stack, []), aggregate), fraction, per_layer, scope)
+                score = _aggregate(group, kept.get(stack, []), aggregate, layers)
+                chosen = _best(score, fraction, per_layer, scope)
             dead = set.intersection(*(set(a.report["layers_without_gradient"]) for a in group))
-            neurons |= {(stack, i): c for i, c in enumerate(chosen) if len(c) and i not in dead}
+            neurons |= {(stack, i): c for i, c in zip(layers, chosen, strict=True) if len(c) and i not in dead}
         budget: dict[str, Any] = {"per_layer": per_layer} if per_layer else {"fraction": fraction, "scope": scope}
         baselines = sorted({a.report.get("baseline", "zero") for group in forget.values() for a in group})
         baseline = {} if baselines == ["zero"] else {"baseline": " and ".join(baselines)}
@@ -170,13 +174,24 @@ def _by_stack(attributions: Attribution | Sequence[Attribution]) -> dict[str, li
     return grouped
 
 
-def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggregate) -> torch.Tensor:
-    """[L,F]."""
-    mean = torch.cat([per_label(a) for a in forget]).mean(0)
+def _same_layers(stack: str, attributions: list[Attribution]) -> list[int]:
+    """Those that all of them scored."""
+    found = [a.layers for a in attributions]
+    if other := next((layers for layers in found if layers != found[0]), None):
+        raise InputError(
+            f"attributions of {stack} have scores of layers {found[0]} and of {other}; expected the same ones in all: "
+            "locate them with the same `layers`"
+        )
+    return found[0]
+
+
+def _aggregate(forget: list[Attribution], retain: list[Attribution], how: Aggregate, layers: list[int]) -> torch.Tensor:
+    """[L,F] of these L layers."""
+    mean = torch.cat([per_label(a) for a in forget]).mean(0)[layers]
     if how == "contrast":
-        return mean - torch.stack([per_label(a).mean(0) for a in retain]).mean(0)
+        return mean - torch.stack([per_label(a).mean(0) for a in retain]).mean(0)[layers]
     if how == "snr":
-        damage = torch.stack([per_label(a).square().mean(0) for a in retain]).mean(0).sqrt()
+        damage = torch.stack([per_label(a).square().mean(0) for a in retain]).mean(0).sqrt()[layers]
         return mean / (damage + SNR_FLOOR * damage.mean())
     return mean
 

@@ -20,6 +20,7 @@ from mipfast.model.fingerprint import unchanged
 from mipfast.model.patching import unwrapped
 from mipfast.model.sites import Sites, find_sites
 from mipfast.scoring.attribution import Attribution
+from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.search import locate
 
 
@@ -119,14 +120,24 @@ def locate_path(
     text = [b for b in forget if "pixel_values" not in b]
     images = [b for b in forget if "pixel_values" in b]
     located: dict[str, Attribution] = {}
+    how = text_scoring(config, sites)
     with unchanged(model):
         if text:
-            located["text"] = locate(model, text, config.text, progress=config.progress)
+            located["text"] = locate(model, text, how, progress=config.progress)
         if images and config.vision and sites.vision:
             located["vision"] = locate(model, images, config.vision, progress=config.progress)
-        kept = [locate(model, batch, config.text) for batch in retain] if text and weighs_damage(config) else []
+        kept = [locate(model, batch, how) for batch in retain] if text and weighs_damage(config) else []
     path = select_path(sites, located.get("text"), located.get("vision"), kept, config)
     return path, {name: one.report for name, one in located.items()}
+
+
+def text_scoring(config: MIPConfig, sites: Sites) -> LocateConfig:
+    """How text neurons are scored: up to the steering layer, above which none is edited, where every choice stays the
+    same to the bit. It does not where layers are compared (snr's floor is a mean over them) or share passes."""
+    how = config.text
+    if how.layers is not None or how.search != "greedy" or how.combine == "released" or config.aggregate == "snr":
+        return how
+    return replace(how, layers=range(steering_layer(config.rmisu, sites) + 1))
 
 
 def weighs_damage(config: MIPConfig) -> bool:

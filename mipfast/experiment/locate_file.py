@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import compress, islice
 from pathlib import Path
@@ -301,7 +301,7 @@ def read(folder: str | Path) -> Attribution:
 class _Sums:
     """Running sums [L,F] of an aggregated run, over scores per label: total and squares in float64, so that adding
     goes on to the same bits; members: on how many samples' paths a neuron was. residuals [L] are summed over the
-    measured samples."""
+    measured samples. NaN in layers that were not scored."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]):
         self.tensors, self.facts = tensors, facts
@@ -315,7 +315,8 @@ class _Sums:
         scores = per_label(located).double()
         on_path = torch.zeros(scores.shape, dtype=torch.int64)
         on_path.scatter_add_(2, located.path.clamp_min(0), (located.path >= 0).long())
-        residuals = [one for one in located.report["residuals"] if one]  # not every sample's need be measured
+        # not every sample's need be measured, and not every layer's
+        residuals = [[math.nan if r is None else r for r in one] for one in located.report["residuals"] if one]
         new = {
             "total": scores.sum(0),
             "squares": scores.square().sum(0),
@@ -345,8 +346,9 @@ class _Sums:
         order = members.sort(dim=1, descending=True, stable=True).indices
         path = order.where(members.gather(1, order) > 0, -1)[:, : int((members > 0).sum(1).max())]
         measured = int(self.tensors["measured"])
+        residuals = [None if math.isnan(r) else r for r in (self.tensors["residuals"] / measured).tolist()]
         facts = {
-            "residuals": [(self.tensors["residuals"] / measured).tolist() if measured else None] * 2,
+            "residuals": [residuals if measured else None] * 2,
             "num_labels": [1, 1],  # the scores are per label already
             "aggregate": {"samples": samples, "rows": "mean + sd, mean - sd of the scores per label"},
         }
@@ -431,7 +433,6 @@ def _identity(
     model: Any, encoder: Encoder, surveyed: Survey, config: LocateConfig, batch_size: int, aggregate: bool, limit: Any
 ) -> dict[str, Any]:
     """What a folder's results depend on."""
-    settings = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()}
     return {
         "encoder": encoder.fingerprint(),
         "dtype": str(model.dtype),
@@ -442,7 +443,7 @@ def _identity(
         "batch_size": batch_size,
         "chunk": CHUNK,
         "aggregate": aggregate,
-        "config": {name: value for name, value in settings.items() if name != "progress"},
+        "config": {name: value for name, value in config.written().items() if name != "progress"},
         "inputs": surveyed.inputs,  # last: what differs above says more
     }
 

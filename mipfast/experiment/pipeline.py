@@ -20,7 +20,7 @@ from mipfast.data.checkpoint import check_device, load_model, save_model
 from mipfast.data.encoder import Batches, Encoder
 from mipfast.edit.config import MIPConfig
 from mipfast.edit.neuron_path import NeuronPath
-from mipfast.edit.unlearn import edit, select_path, weighs_damage
+from mipfast.edit.unlearn import edit, select_path, text_scoring, weighs_damage
 from mipfast.errors import ArtefactError
 from mipfast.experiment import finetune as finetuning
 from mipfast.experiment import locate_file
@@ -161,7 +161,7 @@ def _sets(
             if role == "forget" and modality == "image":
                 how = config.vision if sites.vision else None
             else:
-                how = config.text if role == "forget" or damage else None
+                how = text_scoring(config, sites) if role == "forget" or damage else None
             if some and how:
                 sets[f"{role}-{modality}"] = (some, how)
     return sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class NeuronPathIG:
                 `objective` says what is made of them.
             n_steps: nodes of the quadrature; four Gauss nodes are the default here.
             method: as in Captum, except that riemann_trapezoid's weights sum to 1.
-            internal_batch_size: rows per pass; where n_steps times n, and in a pointwise search times L, are more, one
-                node of one layer runs at a time, with n rows, which is the least.
+            internal_batch_size: rows per pass; where n_steps times n, and in a pointwise search times the layers that
+                are scored, are more, one node of one layer runs at a time, with n rows, which is the least.
             return_convergence_delta: also return the completeness residuals.
             positions: rows that are scaled, as in LocateConfig.
             search: as in LocateConfig.
@@ -76,7 +77,7 @@ class NeuronPathIG:
 
         Returns:
             Scores [n,L,F] float32, and with return_convergence_delta the residuals [n,L]: Captum's delta without sign
-            and relative to the change of the objective, per layer.
+            and relative to the change of the objective, per layer. NaN in layers that settings leave out.
 
         Raises:
             InputError: for inputs or settings that cannot be used.
@@ -92,7 +93,8 @@ class NeuronPathIG:
             )
         rows = n_steps * find_labels(inputs).num_samples
         if search == "pointwise":
-            rows *= choose_stack(find_sites(self.model), LocateConfig(**self._where)).num_layers
+            asked = LocateConfig(**self._where, search="pointwise", layers=settings.get("layers"))
+            rows *= len(asked.scored(choose_stack(find_sites(self.model), asked).num_layers))
         config: dict[str, Any] = {
             "n_steps": n_steps,
             "method": method,
@@ -106,5 +108,6 @@ class NeuronPathIG:
         }
         located = locate(self.model, inputs, **config)
         if return_convergence_delta:
-            return located.scores, torch.tensor(located.report["residuals"])
+            residuals = [[math.nan if r is None else r for r in row] for row in located.report["residuals"]]
+            return located.scores, torch.tensor(residuals)
         return located.scores

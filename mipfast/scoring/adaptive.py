@@ -111,15 +111,16 @@ class Layer:
 def greedy(
     captured: Capture, config: LocateConfig, fitting: int, measure: bool, objective: Valued
 ) -> tuple[torch.Tensor, torch.Tensor, list[Integrated]]:
-    """Layer by layer along the path: (scores [n,L,F], path [n,L,k], every layer's integral)."""
+    """Layer by layer along the path: (scores [n,L,F], path [n,L,k], every layer's integral), of those to be scored."""
     assert config.max_nodes is not None and config.tol is not None
     acts, n = captured.activations, captured.num_samples
+    depth = len(config.scored(captured.stack.num_layers))
     route, run = plan(captured, clean_states=True)
     packing = Packing(route, run is not None, fitting, measure, objective)
-    clean: list[Slots] = [packing.at_clean(run)] if run else []
+    clean: list[Slots] = [packing.at_clean(run, depth)] if run else []
     meshes, largest, groups, paths = [_first(config)] * n, [0.0] * n, list[Slots](), list[torch.Tensor]()
     found, parts = [], []
-    for at, act in enumerate(acts):
+    for at, act in enumerate(acts[:depth]):
         layer = Layer(captured, config)
         for group in clean:
             layer.add(group, act)
@@ -140,9 +141,9 @@ def greedy(
             meshes = finer
         largest = [max(pair) for pair in zip(largest, norms, strict=True)]
         found.append(layer.integrated(meshes))
-        parts.append(chosen(captured, config, found[-1].s1[:, None], found[-1].s2[:, None], at))
+        parts.append(chosen(captured, config, found[-1].s1[:, None], found[-1].s2[:, None], [at]))
         paths.append(parts[-1][1][captured.rows.sample, 0])  # [R,k], the neurons that stay scaled
-        if at + 1 < len(acts):
+        if at + 1 < depth:
             for group in [*clean, *groups]:
                 group.advance(act, paths[-1])
             meshes = [coarsened(e, mesh, AS_BELOW * config.tol) for e, mesh in zip(relative, meshes, strict=True)]
@@ -154,23 +155,24 @@ def greedy(
 def pointwise(
     captured: Capture, config: LocateConfig, fitting: int, measure: bool, objective: Valued
 ) -> tuple[torch.Tensor, torch.Tensor, list[Integrated]]:
-    """As `greedy`, without a path: a wave of all layers, and more waves of the slots that are missing then. Where a
+    """As `greedy`, without a path: a wave of all of them, and more waves of the slots that are missing then. Where a
     batch cannot be divided, a node that one sample asks for is every sample's."""
     assert config.max_nodes is not None and config.tol is not None
     clean, depth = CleanRun(captured), captured.stack.num_layers
-    layers = [Layer(captured, config) for _ in range(depth)]
+    scored = config.scored(depth)
+    layers = {at: Layer(captured, config) for at in scored}
     later = COARSE if config.modality == "text" else WHOLE
-    meshes = [[mesh] * captured.num_samples for mesh in (_first(config), *[later] * (depth - 1))]
+    meshes = {at: [later if at else _first(config)] * captured.num_samples for at in scored}
     packing = Packing(clean.capture, clean.additive, fitting, False, objective)
 
     def value_of(logits: torch.Tensor) -> torch.Tensor:
         return objective(logits, clean.capture.labels)
 
-    if clean.additive and clean.capture.tokens * depth > FEW_AT_ONE:
-        for one in clean.clean_gradients(value_of):
+    if clean.additive and clean.capture.tokens * len(scored) > FEW_AT_ONE:
+        for one in clean.clean_gradients(scored, value_of):
             layers[one.layer].add_gradient(one, clean)
-    off: list[tuple[list[list[float]], list[float]]] = [([], [])] * depth
-    changed = list(range(depth))
+    off: dict[int, tuple[list[list[float]], list[float]]] = {}
+    changed = scored
     while changed:
         missing = [packing.asked(layers[at].missing(meshes[at])) if at in changed else [] for at in range(depth)]
         if clean.known and packing.divisible:
@@ -182,14 +184,14 @@ def pointwise(
                 layers[one.layer].add_gradient(one, clean)
         for at in changed:
             off[at] = layers[at].errors(meshes[at])
-        largest = [max(of_sample) for of_sample in zip(*(norms for _, norms in off), strict=True)]
+        largest = [max(of_sample) for of_sample in zip(*(norms for _, norms in off.values()), strict=True)]
         refine = partial(refined_to, max_nodes=config.max_nodes, bound=config.tol)
-        finer = [_finer(mesh, _relative(*of, largest), config, refine) for mesh, of in zip(meshes, off, strict=True)]
-        changed = [at for at in range(depth) if finer[at] != meshes[at]]
+        finer = {at: _finer(meshes[at], _relative(*off[at], largest), config, refine) for at in scored}
+        changed = [at for at in scored if finer[at] != meshes[at]]
         meshes = finer
-    found = [layer.integrated(mesh) for layer, mesh in zip(layers, meshes, strict=True)]
+    found = [layers[at].integrated(meshes[at]) for at in scored]
     s1, s2 = torch.stack([layer.s1 for layer in found], 1), torch.stack([layer.s2 for layer in found], 1)
-    return *chosen(captured, config, s1, s2), found
+    return *chosen(captured, config, s1, s2, scored), found
 
 
 def _scored(layer: Layer, captured: Capture, at: int, slots: Slots) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,26 +30,32 @@ class Attribution:
     """
 
     scores: torch.Tensor
-    """[n,L,F] float32."""
+    """[n,L,F] float32; NaN in layers that were not scored."""
     path: torch.Tensor
     """[n,L,k] int64: the neurons of the k largest scores, best first; -1 where a layer's gradient is missing or exactly
-    zero for a sample, whose scores there are 0."""
+    zero for a sample, whose scores there are 0, and where a layer was not scored."""
     report: dict[str, Any] = field(default_factory=dict)
-    """config, stack, versions and the model's fingerprint; whether the search is approximate; baseline (zero or
-    counterfactual) and number of counterfactuals; sign of the objective; completeness residuals [n][L] (None where not
-    measured); layers_without_gradient, those that have none in any sample, and without_gradient, of every sample its
-    layers; labels per sample; self_check, the relative difference to plain autograd on the first samples, in one layer
-    at one node (None where it could not be taken: out of memory). With tol also nodes [n][L], unconverged, the [sample,
-    layer] whose error is above tol, and margins [n][L]: the k-th score minus the next over the error of the scores;
-    below 1 the choice of the path is not settled."""
+    """config, stack, versions and the model's fingerprint; layers, those that were scored: what is by layer is None in
+    the others; whether the search is approximate; baseline (zero or counterfactual) and number of counterfactuals; sign
+    of the objective; completeness residuals [n][L] (None where not measured); layers_without_gradient, those that have
+    none in any sample, and without_gradient, of every sample its layers; labels per sample; self_check, the relative
+    difference to plain autograd on the first samples, in one layer at one node (None where it could not be taken: out
+    of memory). With tol also nodes [n][L], unconverged, the [sample, layer] whose error is above tol, and margins
+    [n][L]: the k-th score minus the next over the error of the scores; below 1 the choice of the path is not
+    settled."""
     error: torch.Tensor = field(default=None)  # type: ignore[assignment]  # as wide as the scores
     """[n,L] float32: estimate of ||scores - s*|| over ||scores||, or over a thousandth of the sample's largest layer's
-    where that is larger; s* the integral that the nodes stand for, along the path that this call chose. NaN for a fixed
-    rule."""
+    where that is larger (of those that were scored); s* the integral that the nodes stand for, along the path that this
+    call chose. NaN for a fixed rule, and in layers that were not scored."""
 
     def __post_init__(self) -> None:
         if self.error is None:
             self.error = torch.full(self.scores.shape[:2], torch.nan)
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that were scored, ascending: all, in a report that does not say."""
+        return self.report.get("layers", list(range(self.scores.shape[1])))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the scores and the path, attribution.safetensors, and the report, attribution.json.
@@ -82,7 +89,8 @@ PER_SAMPLE = ("residuals", "num_labels", "without_gradient", "nodes", "margins")
 
 
 def convergence(error: torch.Tensor, config: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of errors [n,L] that were controlled: unconverged; nothing for a fixed rule."""
+    """What a report says of errors [n,L] that were controlled, NaN in layers that were not scored: unconverged; nothing
+    for a fixed rule."""
     if not config.get("tol"):
         return {}
     rounded = config["tol"] * (1 + 1e-5)  # errors are float32
@@ -105,36 +113,37 @@ def converged(attribution: Attribution) -> str | None:
         >>> converged(Attribution(scores, path, report, torch.tensor([[0.02, 0.001]])))
         'converged to 0.01: 50.0% of 2 layers of samples; worst 0.02 (sample 0, layer 0)'
     """
-    tol, error = attribution.report["config"].get("tol"), attribution.error
+    tol, layers = attribution.report["config"].get("tol"), attribution.layers
+    error = attribution.error[:, layers]
     if not tol or not error.numel():
         return None
-    sample, layer = divmod(int(error.argmax()), error.shape[1])
+    sample, at = divmod(int(error.argmax()), len(layers))
     share = (error <= tol * (1 + 1e-5)).double().mean().item()
-    worst = f"worst {error.max().item():.2g} (sample {sample}, layer {layer})"
+    worst = f"worst {error.max().item():.2g} (sample {sample}, layer {layers[at]})"
     return f"converged to {tol:g}: {share:.1%} of {error.numel()} layers of samples; {worst}"
 
 
-def strongest(score: torch.Tensor, top_k: int, stack: str, first: int, dtype: torch.dtype) -> torch.Tensor:
-    """The neurons [n,L,k] of the largest scores [n,L,F] of layers `first` and on, descending, ties to the lowest index.
+def strongest(score: torch.Tensor, top_k: int, stack: str, layers: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The neurons [n,L,k] of the largest scores [n,L,F] of these L layers, descending, ties to the lowest index.
     Raises DivergedError where a score is not finite; dtype: of the activations that it came from."""
     if not bool((finite := score.isfinite()).all()):
-        layer = first + int((~finite).any(2).any(0).int().argmax())
+        layer = layers[int((~finite).any(2).any(0).int().argmax())]
         raise DivergedError(f"scores of {stack} layer {layer} are not finite; try a wider dtype than {dtype}")
     return score.sort(dim=2, descending=True, stable=True).indices[..., :top_k]
 
 
 def chosen(
-    captured: Capture, config: LocateConfig, s1: torch.Tensor, s2: torch.Tensor, first: int = 0
+    captured: Capture, config: LocateConfig, s1: torch.Tensor, s2: torch.Tensor, layers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores [n,L,F], path [n,L,k]) of layers `first` and on, from the sums over nodes [n,L,F]."""
+    """(scores [n,L,F], path [n,L,k]) of these L layers, from the sums over nodes [n,L,F]."""
     score = s1 if config.score == "igi" else s2
-    path = strongest(score, config.top_k, captured.stack.name, first, captured.outputs[0].dtype)
+    path = strongest(score, config.top_k, captured.stack.name, layers, captured.outputs[0].dtype)
     # both sums: the squares of a small gradient may vanish, and so may its product with activations of zero
     return score, path.masked_fill(((s1 == 0) & (s2 == 0)).all(2, keepdim=True), -1)
 
 
 def per_label(attribution: Attribution) -> torch.Tensor:
-    """Scores [n,L,F] as if the objective were a mean over the sample's labels."""
+    """Scores [n,L,F] as if the objective were a mean over the sample's labels; NaN in layers that were not scored."""
     power = 2 if attribution.report["config"]["score"] == "ifi" else 1
     counts = torch.tensor(attribution.report["num_labels"], dtype=torch.float32)
     if attribution.report["config"]["objective"] == "loss":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -63,6 +65,9 @@ class LocateConfig:
     method: str | None = None
     """Fixed rule: gausslegendre, gaussradau, riemann_left, riemann_right, riemann_middle or riemann_trapezoid.
     None with n_steps is gausslegendre for text, gaussradau for vision."""
+    layers: Sequence[int] | None = None
+    """Indices of the layers that are scored, kept ascending; None is all. A greedy search, and combine='product', score
+    a layer along the path through all below it, so there they are 0..k without a gap."""
     top_k: int = 5
     """Neurons that the path keeps per layer."""
     search: Literal["greedy", "pointwise", "one-pass"] = "greedy"
@@ -85,6 +90,8 @@ class LocateConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_counts(self, "top_k")
+        if self.layers is not None:
+            self._sort_layers(self.layers)
         if self.memory_budget != "auto" and self.memory_budget < 1:
             raise InputError(f"memory_budget={self.memory_budget}; expected 'auto' or a number of bytes")
         config = vars(self) | self._open()
@@ -116,6 +123,8 @@ class LocateConfig:
                     f"{', '.join(mixed)} cannot be mixed into the released code's settings; start from "
                     f"LocateConfig.released({self.modality!r}) and change only {', '.join(RELEASED_MAY_CHANGE)}"
                 )
+        if self.layers is not None and (self.search == "greedy" or self.combine == "product"):
+            self._check_no_gap(self.layers)
 
     @classmethod
     def released(cls, modality: Literal["text", "vision"]) -> LocateConfig:
@@ -126,6 +135,38 @@ class LocateConfig:
     def resolved(self) -> LocateConfig:
         """The same with the modality's defaults in the fields that were left open."""
         return replace(self, **self._open())
+
+    def written(self) -> dict[str, Any]:
+        """The fields as JSON gives them back."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
+
+    def scored(self, num_layers: int) -> list[int]:
+        """The layers that are scored, of a stack of so many, ascending. Raises InputError for one that it lacks."""
+        if self.layers is None:
+            return list(range(num_layers))
+        if outside := [layer for layer in self.layers if layer >= num_layers]:
+            raise InputError(
+                f"layers={list(self.layers)}: the stack has no {', '.join(map(str, outside))}; expected indices in "
+                f"0..{num_layers - 1}"
+            )
+        return list(self.layers)
+
+    def _sort_layers(self, given: Sequence[int]) -> None:
+        indices = [one for one in given if isinstance(one, Integral) and not isinstance(one, bool) and one >= 0]
+        if not given or len(set(indices)) < len(given):
+            raise InputError(
+                f"layers={given!r}; expected distinct indices of layers, 0 or more, such as range(8), or None for all"
+            )
+        object.__setattr__(self, "layers", tuple(sorted(map(int, indices))))
+
+    def _check_no_gap(self, layers: Sequence[int]) -> None:
+        if missing := sorted(set(range(layers[-1])) - set(layers)):
+            raise InputError(
+                f"layers={list(layers)} with search={self.search!r}, combine={self.combine!r} leaves out "
+                f"{', '.join(map(str, missing))}, and a layer is scored along the path through all below it; expected "
+                f"range({layers[-1] + 1}), or search='pointwise' with combine='sum', which has no path"
+            )
 
     def _check_tol(self) -> None:
         assert self.tol is not None

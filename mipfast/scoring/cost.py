@@ -202,7 +202,7 @@ def estimate(
         FLOPs, bytes read and seconds by phase, and bytes of memory at the peak.
 
     Raises:
-        InputError: for an impossible size or an unknown device.
+        InputError: for an impossible size, an unknown device or a layer that the tower lacks.
         ModelError: as `find_sites` does.
 
     Example:
@@ -262,17 +262,19 @@ class _Work:
         weights = (count if read is None else read) * self.shape.head
         self.phases[phase].append((2 * count * rows * self.shape.head, weights * self.shape.element_size))
 
-    def later(self, phase: str, tower: Tower, passes: int, rows: int, keys: int, together: int) -> None:
-        """For every layer, `passes` (forward, or forward and backward) over the blocks after it, so many layers
-        together."""
-        read = passes * sum(range(tower.layers - 1, 0, -together))
-        self.blocks(phase, tower, passes * tower.layers * (tower.layers - 1) / 2, rows, keys, read)
+    def later(
+        self, phase: str, tower: Tower, layers: list[int], passes: int, rows: int, keys: int, together: int
+    ) -> None:
+        """For each of these layers, `passes` (forward, or forward and backward) over the blocks after it, so many
+        layers together."""
+        after = [tower.layers - 1 - layer for layer in layers]
+        self.blocks(phase, tower, passes * sum(after), rows, keys, passes * sum(after[::together]))
 
-    def together(self, config: LocateConfig, tower: Tower, rows: int) -> int:
+    def together(self, config: LocateConfig, layers: list[int], rows: int) -> int:
         """Layers of one wave, of so many rows of a sample each (`wave.CleanRun.waves`, memory permitting)."""
         if config.search != "pointwise" or config.combine != "sum":
             return 1
-        return min(tower.layers, max(1, ENOUGH // max(1, rows * self.batch_size)))
+        return min(len(layers), max(1, ENOUGH // max(1, rows * self.batch_size)))
 
     def memory(self, copies: int, vision: bool) -> float:
         """The weights, and of every copy what autograd keeps (about 8 hidden-wide and 3 FFN-wide tensors per token and
@@ -300,29 +302,30 @@ def _text(work: _Work, config: LocateConfig) -> int:
     else:
         work.span = work.tokens - 1 - int(torch.as_tensor(config.positions).min())
     scaled, clean = _rows(config)
-    span = work.span
+    layers, span = config.scored(text.layers), work.span
+    depth = len(layers)
     work.blocks("capture", text, text.layers, work.tokens, keys)
     work.head("capture", 1, 1)
     if shape.vision:
         work.blocks("capture", shape.vision, shape.vision.layers, work.patches, work.patches)
     if config.combine == "sum":
         work.blocks("capture", text, text.layers, span, keys)  # the check that blocks only add their FFN's output
-    work.blocks("search", text, text.layers, scaled * span, keys)
-    together = work.together(config, text, scaled * span)
-    work.later("search", text, 2, scaled * span, keys, together)
-    work.head("search", 2 * text.layers, scaled, 2 * math.ceil(text.layers / together))
+    work.blocks("search", text, depth, scaled * span, keys)
+    together = work.together(config, layers, scaled * span)
+    work.later("search", text, layers, 2, scaled * span, keys, together)
+    work.head("search", 2 * depth, scaled, 2 * math.ceil(depth / together))
     if clean:
-        work.blocks("search", text, 2 * text.layers, span, keys)
+        work.blocks("search", text, 2 * text.layers - layers[0], span, keys)
         work.head("search", 2, 1)
     if config.combine == "sum":
         if config.tol is None:  # else alpha = 0 is one of the nodes
-            work.blocks("completeness", text, text.layers, span, keys)
-            work.later("completeness", text, 1, span, keys, text.layers)
-            work.head("completeness", text.layers, 1, 1)
+            work.blocks("completeness", text, depth, span, keys)
+            work.later("completeness", text, layers, 1, span, keys, depth)
+            work.head("completeness", depth, 1, 1)
         if config.search == "greedy":
-            work.blocks("completeness", text, text.layers - 1, (scaled + 2 * clean) * span, keys)
+            work.blocks("completeness", text, depth - 1, (scaled + 2 * clean) * span, keys)
     # a copy keeps the blocks above its layer
-    return math.ceil(scaled * together * (1 - (together - 1) / (2 * text.layers)))
+    return math.ceil(scaled * sum(text.layers - layer for layer in layers[:together]) / text.layers)
 
 
 def _vision(work: _Work, config: LocateConfig) -> int:
@@ -335,21 +338,23 @@ def _vision(work: _Work, config: LocateConfig) -> int:
     if config.combine == "released":
         return 0  # its closed form needs the clean run only
     scaled, clean = _rows(config)
+    layers = config.scored(tower.layers)
+    depth = len(layers)
     work.blocks("capture", tower, tower.layers, patches, patches)  # the check that blocks only add their FFN's output
-    most = work.together(config, tower, scaled * patches)
-    at_zero = [(1, 1, "completeness", tower.layers)] if config.tol is None else []  # else it is one of the nodes
+    most = work.together(config, layers, scaled * patches)
+    at_zero = [(1, 1, "completeness", depth)] if config.tol is None else []  # else it is one of the nodes
     for passes, rows, phase, together in [(2, scaled, "search", most), *at_zero]:
-        work.blocks(phase, tower, tower.layers, rows * patches, patches)
-        work.later(phase, tower, passes, rows * patches, patches, together)
-        runs = passes * math.ceil(tower.layers / together)
-        work.blocks(phase, text, passes * tower.layers * text.layers, rows * tokens, tokens, runs * text.layers)
-        work.head(phase, passes * tower.layers, rows, runs)
+        work.blocks(phase, tower, depth, rows * patches, patches)
+        work.later(phase, tower, layers, passes, rows * patches, patches, together)
+        runs = passes * math.ceil(depth / together)
+        work.blocks(phase, text, passes * depth * text.layers, rows * tokens, tokens, runs * text.layers)
+        work.head(phase, passes * depth, rows, runs)
     if clean:
-        work.blocks("search", tower, 2 * tower.layers, patches, patches)
+        work.blocks("search", tower, 2 * tower.layers - layers[0], patches, patches)
         work.blocks("search", text, 2 * text.layers, tokens, tokens)
         work.head("search", 2, 1)
     if config.search == "greedy":
-        work.blocks("completeness", tower, tower.layers - 1, (scaled + 2 * clean) * patches, patches)
+        work.blocks("completeness", tower, depth - 1, (scaled + 2 * clean) * patches, patches)
     return scaled * most
 
 

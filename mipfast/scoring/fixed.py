@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +15,8 @@ from mipfast.scoring.config import LocateConfig
 from mipfast.scoring.nodes import NodeGroup, Objective, Sums, make_node_groups, with_oom_halving
 from mipfast.scoring.wave import CleanRun
 
-# scores [n,L,F], path [n,L,k], the layers' part of F(1) - F(0) by the quadrature [L,n], F(0) [L,n] if it was measured
+# of the L layers that are scored: scores [n,L,F], path [n,L,k], their part of F(1) - F(0) by the quadrature [L,n], F(0)
+# [L,n] if it was measured
 Searched = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
@@ -27,12 +29,12 @@ def pointwise(
     measure: bool,
     value_of: Objective,
 ) -> Searched:
-    clean, of_layers = CleanRun(captured), _Sums(captured)
-    for layer, part in clean.pointwise(nodes, weights, config.memory_budget, value_of, of_layers.groups):
+    clean, of_layers, layers = CleanRun(captured), _Sums(captured), config.scored(captured.stack.num_layers)
+    for layer, part in clean.pointwise(layers, nodes, weights, config.memory_budget, value_of, of_layers.groups):
         of_layers.add(layer, part)
-    s1, s2 = of_layers.of(range(captured.stack.num_layers))
-    at_zero = clean.baseline_values(fitting, value_of) if measure else None
-    return *chosen(captured, config, s1, s2), s1.sum(2).T, at_zero
+    s1, s2 = of_layers.of(layers)
+    at_zero = clean.baseline_values(layers, fitting, value_of) if measure else None
+    return *chosen(captured, config, s1, s2, layers), s1.sum(2).T, at_zero
 
 
 def greedy(
@@ -46,26 +48,27 @@ def greedy(
 ) -> Searched:
     """Layer by layer: score, take the top k, advance every replay over the block with the path scaled."""
     of_layers, found, totals = _Sums(captured), [], []
-    groups, n = of_layers.groups, captured.num_samples
-    node_groups, zero_node = make_node_groups(captured, nodes, weights, min(len(nodes), fitting), measure, value_of)
+    groups, n, depth = of_layers.groups, captured.num_samples, len(config.scored(captured.stack.num_layers))
+    steps = min(len(nodes), fitting)
+    node_groups, zero_node = make_node_groups(captured, nodes, weights, steps, measure, value_of, depth)
 
     def scored(group: NodeGroup, act: torch.Tensor) -> tuple[Sums | None, torch.Tensor]:
         with memory.measured(captured, [0] * group.copies):
             return group.score(act, groups, value_of)
 
-    for layer, act in enumerate(captured.activations):
+    for layer, act in enumerate(captured.activations[:depth]):
         carried = of_layers.zeros(n)
         for group, (part, along_path) in with_oom_halving(node_groups, partial(scored, act=act)):
             carried += group.weights.to(carried) @ along_path
             if part is not None:
                 of_layers.add(layer, part)
-        s1, s2 = of_layers.of(range(layer, layer + 1))
+        s1, s2 = of_layers.of([layer])
         totals.append(s1.sum((1, 2)) + carried)
-        found.append(chosen(captured, config, s1, s2, layer))
+        found.append(chosen(captured, config, s1, s2, [layer]))
         path_of_rows = found[-1][1][captured.rows.sample, 0]  # [R,k], the neurons that stay scaled
         if zero_node:
             zero_node.advance(act, path_of_rows)
-        if layer + 1 < captured.stack.num_layers:
+        if layer + 1 < depth:
             for group in node_groups:
                 group.advance(act, path_of_rows)
     scores, paths = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
@@ -92,7 +95,7 @@ class _Sums:
         before = self._parts[layer]
         self._parts[layer] = [a + b for a, b in zip(before, new, strict=True)] if before else new
 
-    def of(self, layers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Both [n,L,F]; zero where a layer has no gradient."""
         nothing = self.zeros(self._captured.num_samples, self._captured.stack.num_neurons)
         s1, s2 = zip(*(self._parts.get(layer, (nothing, nothing)) for layer in layers), strict=True)

@@ -30,11 +30,12 @@ def joint_search(
     weights: tuple[torch.Tensor, ...],
     objective: Objective,
     top_k: int,
+    depth: int,
     greedy: bool = True,
     released: bool = False,
 ) -> Scored:
     """NeuronPath's joint score, or with released=True the released text code's. nodes, weights: the quadrature, cut
-    into what one replay may hold.
+    into what one replay may hold. depth: how many layers are scored, from the first on.
 
     C_l is the derivative of F along one direction: 1 on every entering neuron. That direction is carried forward
     with the states, so the backward pass still ends at block l.
@@ -45,10 +46,11 @@ def joint_search(
         HookedNodes(Replay(captured, len(alphas)), alphas, w, carry=greedy)
         for alphas, w in zip(nodes, weights, strict=True)
     ]
-    acts = [_wide(act) for act in captured.activations]
+    acts = [_wide(act) for act in captured.activations[:depth]]
     entered = torch.zeros_like(acts[0][:, 0])
     scores, paths = [], []
-    for layer, (act, wide) in enumerate(zip(captured.activations, acts, strict=True)):
+    for layer, wide in enumerate(acts):
+        act = captured.activations[layer]
         gradient, carried, has_gradient = torch.zeros_like(wide), torch.zeros_like(entered), False
         for group, (own, along_path) in with_oom_halving(
             node_groups, partial(HookedNodes.gradients, act=act, value_of=objective)
@@ -60,12 +62,12 @@ def joint_search(
         score = (gradient + carried[:, None]) * (wide + entered[:, None])
         if released:
             score = score / sum(map(len, nodes))
-        path = strongest(score[:, None], top_k, captured.stack.name, layer, act.dtype)[:, 0]
+        path = strongest(score[:, None], top_k, captured.stack.name, [layer], act.dtype)[:, 0]
         dead = ((gradient + carried[:, None]) == 0).all(1) if has_gradient else torch.ones_like(carried).bool()
         score, path = score.masked_fill(dead[:, None], 0), path.masked_fill(dead[:, None], -1)
         scores.append(score)
         paths.append(path)
-        if layer + 1 == len(acts):
+        if layer + 1 == depth:
             break
         if not greedy:
             for group in node_groups:
@@ -94,7 +96,7 @@ def released_vision(captured: Capture, n_steps: int, top_k: int) -> Scored:
     scores, paths = [], []
     for layer, act in enumerate(map(_wide, captured.activations)):
         scores.append((n_steps - 1) * (layer + 1) * (act + entered[:, None]) / n_steps)
-        paths.append(strongest(scores[-1][:, None], top_k, captured.stack.name, layer, act.dtype)[:, 0])
+        paths.append(strongest(scores[-1][:, None], top_k, captured.stack.name, [layer], act.dtype)[:, 0])
         entered = entered + act.gather(1, paths[-1][:, -1:])[:, 0]
     return torch.stack(scores, 1).float().cpu(), torch.stack(paths, 1).cpu()
 

@@ -8,7 +8,7 @@ which sum is the score is search.py's to say.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, TypeVar
 
@@ -33,9 +33,10 @@ def make_node_groups(
     steps: int,
     measure: bool,
     value_of: Objective,
+    depth: int,
 ) -> tuple[list[NodeGroup], ZeroNode | None]:
     """(the quadrature's nodes in groups of at most `steps` copies, the node at zero that completeness needs, if it is
-    to be measured).
+    to be measured), for the first `depth` layers.
 
     Where blocks only add their FFN's output, alpha = 1 is the clean run of every layer: one pass serves all."""
     unit = nodes == 1
@@ -45,7 +46,7 @@ def make_node_groups(
     scaled = torch.ones_like(nodes, dtype=torch.bool)
     if clean and bool(unit.any()):
         scaled = ~unit
-        gradients, taps = Replay(route, 1).clean_gradients(value_of)
+        gradients, taps = Replay(route, 1).clean_gradients(value_of, range(depth))
         node_groups.append(
             CleanNode(Replay(route, 1), nodes[unit], weights[unit], measure, clean.states, gradients, taps)
         )
@@ -259,15 +260,20 @@ class ZeroNode:
 
     def values(self, copies: int, value_of: Objective) -> torch.Tensor:
         """F [L,n] with each layer at its baseline, up to copies of them in one pass."""
-        return staggered_values(self._group.replay, self._starts, copies, value_of)
+        return staggered_values(self._group.replay, dict(enumerate(self._starts)), copies, value_of)
 
 
-def staggered_values(clean: Replay, starts: list[torch.Tensor], copies: int, value_of: Objective) -> torch.Tensor:
-    """F [L,n] of a copy that leaves `clean` at each block with its start, up to copies of them in one pass."""
-    every = range(len(starts))
+def staggered_values(
+    clean: Replay, starts: Mapping[int, torch.Tensor], copies: int, value_of: Objective
+) -> torch.Tensor:
+    """F [L,n] of a copy that leaves `clean` at each of L blocks, ascending, with its start, up to copies of them in one
+    pass."""
+    layers = list(starts)
     with torch.no_grad():
-        parts = [every[i : i + copies] for i in every[::copies]]
-        passes = [Staggered(clean, part, [1] * len(part)).logits(starts.__getitem__) for part in parts]
+        parts = [layers[i : i + copies] for i in range(0, len(layers), copies)]
+        spans = [range(part[0], part[-1] + 1) for part in parts]
+        waves = [Staggered(clean, span, [layer in starts for layer in span]) for span in spans]
+        passes = [wave.logits(starts.__getitem__) for wave in waves]
         return torch.cat([value_of(logits).view(-1, clean.capture.num_samples) for logits in passes])
 
 

@@ -74,10 +74,11 @@ class Replay:
         self.sizes = probe.sizes
 
     def clean_gradients(
-        self, objective: Callable[[torch.Tensor], torch.Tensor]
+        self, objective: Callable[[torch.Tensor], torch.Tensor], layers: range
     ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """d objective(logits) / d output of every block, in one unscaled pass over one copy; and of every block but the
-        last the part that does not run through the next block: what else taps it (deepstack, vision_feature_layer)."""
+        """d objective(logits) / d output of these blocks, in one unscaled pass over one copy; and of each but the
+        stack's last the part that does not run through the next block: what else taps it (deepstack,
+        vision_feature_layer)."""
         outputs: list[torch.Tensor] = []
         entered: list[torch.Tensor] = []
 
@@ -92,7 +93,7 @@ class Replay:
             entered.append(hidden.view_as(hidden))
             return (entered[-1], *rest), kwargs
 
-        first, *later = self.capture.stack.blocks
+        first, *later = self.capture.stack.blocks[layers.start :]
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(self._last_block_at_labels())
             hooks.enter_context(first.register_forward_hook(keep))
@@ -100,6 +101,7 @@ class Replay:
                 hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
                 hooks.enter_context(block.register_forward_hook(keep))
             value = objective(self._entered())
+            del outputs[len(layers) :], entered[len(layers) :]
             if not value.requires_grad:
                 return [None] * len(outputs), [None] * len(entered)
             gradients = torch.autograd.grad(value.sum(), [*outputs, *entered], allow_unused=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def locate(
         **overrides: fields of LocateConfig, in place of config's.
 
     Returns:
-        Scores [n,L,F] float32 and path [n,L,k] int64 of all batches' samples in order, on the CPU, and a report.
+        Scores [n,L,F] float32 and path [n,L,k] int64 of all batches' samples in order, on the CPU, and a report. NaN
+        and -1 in layers that config.layers leaves out.
 
     Raises:
         InputError: for a config or a batch that cannot be used, or one sample that does not fit into memory.
@@ -92,6 +94,7 @@ def locate(
     model = unwrapped(model)
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
+    layers = config.scored(stack.num_layers)
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
@@ -105,7 +108,7 @@ def locate(
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
                 if not parts:
-                    off = _check_route(call, one, faster)
+                    checked = _check_route(call, one, faster)
                 parts.append(_with_memory(call, one, others, first=not parts))
             except InputError as error:
                 raise InputError(f"batch {len(parts)}: {error}") from error
@@ -113,27 +116,30 @@ def locate(
             raise InputError("no batch to locate on: the iterable was empty")
         found = _concatenated(parts)
         dead = found.path[:, :, 0] < 0
+    wide = partial(_of_stack, layers=layers, depth=stack.num_layers)
+    off = wide(found.error, torch.nan)
     return Attribution(
-        found.scores,
-        found.path,
+        wide(found.scores, torch.nan),
+        wide(found.path, -1),
         {
-            "config": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(config).items()},
+            "config": config.written(),
             "approximate": config.search == "one-pass",
             "baseline": "counterfactual" if others else "zero",
             "counterfactuals": len(others),
             "stack": stack.name,
+            "layers": layers,
             "fingerprint": sites.fingerprint(),
             "objective": f"larger {'opposes' if config.objective == 'loss' else 'supports'} the answer",
-            "residuals": found.residuals,
+            "residuals": [row and _by_layer(row, layers, stack.num_layers) for row in found.residuals],
             "num_labels": found.counts.tolist(),
-            **_quality(found, config),
-            "layers_without_gradient": dead.all(0).nonzero().flatten().tolist(),
-            "without_gradient": [one.nonzero().flatten().tolist() for one in dead],
-            "self_check": off,
+            **_quality(found, config, layers, off),
+            "layers_without_gradient": list(compress(layers, dead.all(0).tolist())),
+            "without_gradient": [list(compress(layers, one)) for one in dead.tolist()],
+            "self_check": checked,
             "seed": None,  # nothing here is drawn at random
             "versions": versions(),
         },
-        found.error,
+        off,
     )
 
 
@@ -188,9 +194,9 @@ def choose_stack(sites: Sites, config: LocateConfig) -> Stack:
 
 @dataclass(frozen=True)
 class Located:
-    """Of n samples: scores [n,L,F], path [n,L,k], labels [n], relative error of the scores [n,L], how far the k-th
-    score lies above the next in terms of the error [n,L], nodes [n,L] (NaN and -1 where a fixed rule does not tell),
-    residuals [n][L]."""
+    """Of n samples and the L layers that are scored: scores [n,L,F], path [n,L,k], labels [n], relative error of the
+    scores [n,L], how far the k-th score lies above the next in terms of the error [n,L], nodes [n,L] (NaN and -1 where
+    a fixed rule does not tell), residuals [n][L]."""
 
     scores: torch.Tensor
     path: torch.Tensor
@@ -326,6 +332,7 @@ def _joint(
             weights.split(steps),
             lambda logits: objective_value(logits, route.labels, config.objective),
             config.top_k,
+            len(config.scored(captured.stack.num_layers)),
             greedy=config.search == "greedy",
             released=released,
         )
@@ -383,16 +390,34 @@ def _adaptive(captured: Capture, config: LocateConfig, fitting: int, measure: bo
     )
 
 
-def _quality(found: Located, config: LocateConfig) -> dict[str, Any]:
-    """What a report says of the quadrature, where its error was controlled."""
+def _of_stack(scored: torch.Tensor, empty: float, layers: list[int], depth: int) -> torch.Tensor:
+    """As wide as the stack [n,depth,...], of these layers' [n,L,...]; `empty` in the others."""
+    if len(layers) == depth:
+        return scored
+    wide = scored.new_full((len(scored), depth, *scored.shape[2:]), empty)
+    wide[:, layers] = scored
+    return wide
+
+
+def _by_layer(row: list[Any], layers: list[int], depth: int) -> list[Any]:
+    """The same of one sample's list; None, which is JSON, in the others."""
+    found = dict(zip(layers, row, strict=True))
+    return [found.get(layer) for layer in range(depth)]
+
+
+def _quality(found: Located, config: LocateConfig, layers: list[int], error: torch.Tensor) -> dict[str, Any]:
+    """What a report says of the quadrature, where its error was controlled; error [n,depth]: the stack's."""
     if config.tol is None:
         return {}
-    report = convergence(found.error, {"tol": config.tol})
+    report = convergence(error, {"tol": config.tol})
     if unconverged := report["unconverged"]:
-        sample, layer = divmod(int(found.error.argmax()), found.error.shape[1])
+        sample, at = divmod(int(found.error.argmax()), len(layers))
+        worst = sample, layers[at], found.error.max()
         log.warning(
             "%d of %d layers of samples are not known to tol=%g after %d nodes, sample %d layer %d worst: %.2g; see "
             "Attribution.error",
-            *(len(unconverged), found.error.numel(), config.tol, config.max_nodes, sample, layer, found.error.max()),
+            *(len(unconverged), found.error.numel(), config.tol, config.max_nodes, *worst),
         )
-    return {"nodes": found.nodes.tolist(), "margins": found.margin.tolist(), **report}
+    rows = {"nodes": found.nodes, "margins": found.margin}
+    depth = error.shape[1]
+    return {name: [_by_layer(row, layers, depth) for row in rows[name].tolist()] for name in rows} | report

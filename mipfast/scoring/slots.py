@@ -126,14 +126,15 @@ class Packing:
         self.least = 1 if self.divisible else route.num_samples
         self.most = max(1, fitting) * route.num_samples
 
-    def at_clean(self, run: Replay) -> CleanSlots:
-        """Every sample at alpha = 1, from one pass. run: a copy past every block, that adds its FFN's output."""
+    def at_clean(self, run: Replay, depth: int) -> CleanSlots:
+        """Every sample at alpha = 1, from one pass, for the first `depth` layers. run: a copy past every block, that
+        adds its FFN's output."""
 
         def value_of(logits: torch.Tensor) -> torch.Tensor:
             return self.objective(logits, self.route.labels)
 
         one = torch.ones(1)
-        gradients, taps = Replay(self.route, 1).clean_gradients(value_of)
+        gradients, taps = Replay(self.route, 1).clean_gradients(value_of, range(depth))
         clean = CleanSlots(Replay(self.route, 1), one, one, self.carry, run.states, gradients, taps)
         clean.values = value_of(self.route.logits)
         clean.of_slots(self, [(i, 1.0) for i in range(self.route.num_samples)])

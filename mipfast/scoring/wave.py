@@ -83,11 +83,17 @@ class CleanRun:
         return True
 
     def pointwise(
-        self, nodes: torch.Tensor, weights: torch.Tensor, budget: Any, value_of: Objective, groups: int | None
+        self,
+        layers: Sequence[int],
+        nodes: torch.Tensor,
+        weights: torch.Tensor,
+        budget: Any,
+        value_of: Objective,
+        groups: int | None,
     ) -> Iterator[tuple[int, Sums]]:
-        """Every layer's (s1, s2) of ops.riemann_accumulate, in parts that add up; none for a layer without gradient."""
+        """These layers' (s1, s2) of ops.riemann_accumulate, in parts that add up; none for a layer without gradient."""
         if self.additive and bool((unit := nodes == 1).any()):
-            for one in self.clean_gradients(value_of):
+            for one in self.clean_gradients(layers, value_of):
                 if one.grad is not None:
                     yield one.layer, self.sums(one.layer, one.grad, weights[unit], groups)
             nodes, weights = nodes[~unit], weights[~unit]
@@ -95,17 +101,21 @@ class CleanRun:
             return
         device = self.capture.rows.index.device
         nodes, weights = nodes.to(device), weights.to(device)
-        for one in self.gradients([nodes] * self.capture.stack.num_layers, budget, value_of):
+        of_layers = [nodes if layer in layers else nodes[:0] for layer in range(self.capture.stack.num_layers)]
+        for one in self.gradients(of_layers, budget, value_of):
             if one.grad is not None:
                 own = (
                     weights if len(one.nodes) == len(nodes) else weights[(one.nodes[:, None] == nodes).int().argmax(1)]
                 )
                 yield one.layer, self.sums(one.layer, one.grad, own, groups)
 
-    def clean_gradients(self, value_of: Objective) -> Iterator[LayerGradient]:
-        """At alpha = 1, where blocks add their FFN's output: of all layers in one pass."""
+    def clean_gradients(self, layers: Sequence[int], value_of: Objective) -> Iterator[LayerGradient]:
+        """At alpha = 1, where blocks add their FFN's output: of these layers, ascending, in one pass."""
         one, full = Replay(self.capture, 1), value_of(self.capture.logits)[None]
-        for layer, gradient in enumerate(one.clean_gradients(value_of)[0]):
+        span = range(layers[0], layers[-1] + 1)
+        for layer, gradient in zip(span, one.clean_gradients(value_of, span)[0], strict=True):
+            if layer not in layers:
+                continue
             yield LayerGradient(layer, full.new_ones(1), None if gradient is None else one.at_rows(gradient), full)
 
     def gradients(self, nodes: Sequence[torch.Tensor], budget: Any, value_of: Objective) -> Iterator[LayerGradient]:
@@ -142,10 +152,11 @@ class CleanRun:
         """Bytes that a wave keeps of one copy that leaves at each layer."""
         return [memory.kept(self.capture, layer + self.additive) for layer in range(self.capture.stack.num_layers)]
 
-    def baseline_values(self, copies: int, value_of: Objective) -> torch.Tensor:
-        """F [L,n] with each layer's neurons at their baseline, up to copies of them in one pass."""
+    def baseline_values(self, layers: Sequence[int], copies: int, value_of: Objective) -> torch.Tensor:
+        """F [L,n] with each of these L layers' neurons at their baseline, up to copies of them in one pass."""
         self.run()
-        return staggered_values(self.replay, self.replay.baseline_outputs, copies, value_of)
+        starts = {layer: self.replay.baseline_outputs[layer] for layer in layers}
+        return staggered_values(self.replay, starts, copies, value_of)
 
     def sums(self, layer: int, grad: torch.Tensor, weights: torch.Tensor, groups: int | None) -> Sums:
         """Over nodes, of the gradient [m,R,...] by a layer's leaf."""
