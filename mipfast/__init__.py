@@ -9,6 +9,7 @@ from mipfast.errors import ArtefactError, BackendError, DivergedError, InputErro
 if TYPE_CHECKING:
     from mipfast import attacks, baselines, ops
     from mipfast.edit.config import MIPConfig, RMisUConfig
+    from mipfast.edit.fit_path import fit_path
     from mipfast.edit.hidden import hidden_states
     from mipfast.edit.misdirect import misdirect, rmisu_loss
     from mipfast.edit.neuron_path import NeuronPath
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Loaded when first asked for, so that `import mipfast` costs nothing but torch-free modules.
 _ROOMS = {
     "edit.config": ("MIPConfig", "RMisUConfig"),
+    "edit.fit_path": ("fit_path",),
     "edit.hidden": ("hidden_states",),
     "edit.misdirect": ("misdirect", "rmisu_loss"),
     "edit.neuron_path": ("NeuronPath",),
@@ -45,8 +47,8 @@ _MODULES = ("attacks", "baselines", "cost", "data", "evaluation", "metrics", "op
 __all__ = [
     "ArtefactError", "Attribution", "BackendError", "DivergedError", "InputError", "LocateConfig", "MIPConfig",
     "MipfastError", "ModelError", "NeuronPath", "RMisUConfig", "RMisUTrainer", "__version__", "attacks", "baselines",
-    "estimate", "evaluate", "find_sites", "hidden_states", "learned_direction", "locate", "misdirect", "ops", "prune",
-    "rmisu_loss", "steering_target", "unlearn",
+    "estimate", "evaluate", "find_sites", "fit_path", "hidden_states", "learned_direction", "locate", "misdirect",
+    "ops", "prune", "rmisu_loss", "steering_target", "unlearn",
 ]  # fmt: skip
 
 

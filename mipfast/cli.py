@@ -252,7 +252,8 @@ def unlearn(
             steering_coeff=Annotated[float, arg(aliases=["--steering"])],
             trainable=Literal["path", "down"],
             positions=POSITIONS,
-            **dict.fromkeys(("lora_rank", "lora_alpha", "seed", "progress"), HIDDEN),
+            seed=Suppress[Fixed[int]],  # of Any, tyro would take its 0 for the False of progress: it caches by equality
+            **dict.fromkeys(("lora_rank", "lora_alpha", "progress"), HIDDEN),
         ),
     ],
     general: Annotated[Tables, arg(help="The same, of general knowledge.")] = [],  # noqa: B006  # never changed

@@ -17,6 +17,7 @@ from mipfast import (
     RMisUConfig,
     RMisUTrainer,
     evaluate,
+    fit_path,
     hidden_states,
     learned_direction,
     locate,
@@ -33,7 +34,7 @@ from mipfast.model.likelihood import sample_nll
 
 MODEL, GPT2 = tiny_llama(), families.build("gpt2")
 GOOD = text_batch(MODEL, [9, 7], [2, 1])
-PATH = {("model.layers", 0): torch.arange(4)}
+PATH, LOCATED = {("model.layers", 0): torch.arange(4)}, locate(MODEL, GOOD, n_steps=1)
 
 
 def neo():
@@ -237,6 +238,7 @@ DOORS = {
     "evaluate_records": lambda batch, tmp: evaluate_records(MODEL, Encodes(batch), [RECORD]),
     "hidden_states": lambda batch, tmp: hidden_states(MODEL, batch, 1),
     "learned_direction": lambda batch, tmp: learned_direction(MODEL, [batch], 1, "answer", 4.0),
+    "fit_path": lambda batch, tmp: fit_path(MODEL, [GOOD], [batch], LOCATED, [], aggregate="mean"),
     "unlearn": lambda batch, tmp: unlearn(MODEL, [GOOD], [batch]),
     "misdirect": lambda batch, tmp: misdirect(MODEL, PATH, [GOOD], [batch], steps=1),
     **{

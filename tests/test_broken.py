@@ -387,6 +387,11 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
     "nothing to choose from": (lambda: NeuronPath.select([]), "no attributions to select from", "was empty"),
     "more than all neurons": (lambda: chosen(fraction=2.0), "fraction=2.0", "expected a share of the neurons"),
     "a share of no neuron": (lambda: chosen(fraction=1e-9), "a budget of 0 neurons per layer", "expected 1 to 48"),
+    "a share of no neuron of the stack": (
+        lambda: chosen(fraction=1e-9, scope="stack"),
+        "fraction=1e-09 of the stack's 192 neurons is none",
+        "expected at least one neuron's share, 0.0052",
+    ),
     "more neurons than a layer's": (lambda: chosen(per_layer=99), "a budget of 99 neurons", "expected 1 to 48"),
     "an unknown way to choose": (lambda: chosen(aggregate="best"), "aggregate='best'", "expected mean, union"),
     "an unknown scope": (lambda: chosen(scope="all"), "scope='all'", "expected layer or stack"),

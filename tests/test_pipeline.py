@@ -130,7 +130,7 @@ def test_the_folder_holds_what_is_promised(finished):
         *("report", "report/pictures", "report/report.html", "report/report.md"),
     }
     summary = json.loads((finished / "summary.json").read_text())
-    assert list(summary) == "title config seed versions machine seconds models roles neurons flags".split()
+    assert list(summary) == "title config seed versions machine seconds models roles neurons path flags".split()
     assert summary["seconds"].keys() == {"finetune", "locate", "unlearn", "eval/vanilla", "eval/unlearned"}
     assert summary["roles"] == {"forget": ["forget_5"], "retain": ["retain_95"], "general": ["Retain_Set"]}
     assert summary["flags"] == []

@@ -24,6 +24,7 @@ from mipfast import (
     RMisUConfig,
     evaluate,
     find_sites,
+    fit_path,
     hidden_states,
     learned_direction,
     locate,
@@ -37,7 +38,7 @@ from mipfast.edit.prune import Slice, active_prunes
 from mipfast.judge import attacks
 
 FORGET, RETAIN = ([text_batch(tiny_llama(), [9, 7], [2, 1], seed=seed)] for seed in (0, 1))
-BATCH = FORGET[0]
+BATCH, LOCATED = FORGET[0], locate(tiny_llama(), FORGET, n_steps=1)
 NEURONS = {("model.layers", 0): torch.tensor([3, 7]), ("model.layers", 1): torch.tensor([5, 2, 9])}
 SHORT = RMisUConfig(layer=2, steps=6, lr=1e-2)
 
@@ -49,6 +50,7 @@ def entered(context):
 
 EDITS = {
     "prune": lambda model, _: prune(model, NEURONS),
+    "fit_path": lambda model, _: fit_path(model, FORGET, RETAIN, LOCATED, [], aggregate="mean"),
     "misdirect": lambda model, _: misdirect(model, NEURONS, FORGET, RETAIN, SHORT),
     "unlearn": lambda model, _: unlearn(model, FORGET, RETAIN, vision=None, rmisu=SHORT),
     "manu": lambda model, _: baselines.run(model, "manu", FORGET, RETAIN),

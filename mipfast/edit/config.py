@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mipfast.edit.neuron_path import Aggregate, check_fraction
+from mipfast.edit.neuron_path import Aggregate, check_fraction, check_ranked
 from mipfast.errors import InputError, check_fields
 from mipfast.model.positions import TEXT_POSITIONS, Positions, check_name
 from mipfast.scoring.config import LocateConfig
@@ -100,8 +100,11 @@ class MIPConfig:
     an error that is controlled give it tol, and n_steps=None."""
     vision: LocateConfig | None = field(default_factory=lambda: LocateConfig("vision", n_steps=2))
     """How neurons of the vision towers are scored; None leaves those towers alone."""
-    fraction: float = 0.1
-    """Share of each layer's neurons that is edited."""
+    fraction: float | Literal["auto"] = 0.1
+    """Share of the neurons that is edited. auto: as many as forget without harm, ranked over the whole stack, whatever
+    scope is (`fit_path`)."""
+    scope: Literal["layer", "stack"] = "layer"
+    """layer: fraction of every layer's neurons. stack: of the whole stack's, wherever they are."""
     aggregate: Aggregate = "snr"
     """How text neurons are chosen from scores (`NeuronPath.select`); snr is what makes the choice selective.
     Vision neurons are those of the largest mean score."""
@@ -112,7 +115,10 @@ class MIPConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_fraction(self.fraction)
+        if isinstance(self.fraction, str):
+            check_ranked(self.aggregate)
+        else:
+            check_fraction(self.fraction)
 
     @classmethod
     def paper(cls) -> MIPConfig:

@@ -76,8 +76,8 @@ class NeuronPath(dict[tuple[str, int], torch.Tensor]):
             A NeuronPath with the attributions' fingerprint, without layers that no gradient reached.
 
         Raises:
-            InputError: for a budget larger than a layer, a missing retain set, attributions of different models or, in
-                one stack, of different layers.
+            InputError: for a budget of no neuron or larger than a layer, a missing retain set, attributions of
+                different models or, in one stack, of different layers.
 
         Example:
             >>> import torch
@@ -202,6 +202,12 @@ def check_fraction(fraction: float) -> None:
         raise InputError(f"fraction={fraction}; expected a share of the neurons in (0, 1]")
 
 
+def check_ranked(aggregate: Aggregate) -> None:
+    """Raises InputError for an aggregate that has no best neurons, and so no sizes to try."""
+    if aggregate == "union":
+        raise InputError("aggregate='union' ranks no neurons, so no size can be found; expected mean, contrast or snr")
+
+
 def _best(score: torch.Tensor, fraction: float, per_layer: int | None, scope: str) -> list[torch.Tensor]:
     """Indices of the largest scores [L,F], best first, per layer."""
     num_layers, num_neurons = score.shape
@@ -210,7 +216,12 @@ def _best(score: torch.Tensor, fraction: float, per_layer: int | None, scope: st
     if scope == "stack":
         if per_layer is not None:
             raise InputError("per_layer and scope='stack' contradict each other; give a fraction")
-        order = score.flatten().sort(descending=True, stable=True).indices[: round(fraction * score.numel())]
+        if not (k := round(fraction * score.numel())):
+            raise InputError(
+                f"fraction={fraction} of the stack's {score.numel()} neurons is none; expected at least one neuron's "
+                f"share, {1 / score.numel():.2g}"
+            )
+        order = score.flatten().sort(descending=True, stable=True).indices[:k]
         return [order[order // num_neurons == layer] % num_neurons for layer in range(num_layers)]
     k = per_layer if per_layer is not None else round(fraction * num_neurons)
     if not 1 <= k <= num_neurons:

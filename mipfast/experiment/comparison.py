@@ -46,7 +46,7 @@ FLAGS = {
 }
 
 
-FACTS: dict[str, type] = dict.fromkeys(("roles", "config", "versions", "machine", "neurons", "seconds"), dict)
+FACTS: dict[str, type] = dict.fromkeys(("roles", "config", "versions", "machine", "neurons", "path", "seconds"), dict)
 FACTS |= {"title": str, "flags": list}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mipfast.data.records import RECORD_MODALITIES
 from mipfast.experiment.comparison import FLAGS, HEADLINE, KEPT, KNOWLEDGE, ROLES, VANILLA, Comparison, Measure, Run
-from mipfast.experiment.figures import COLOUR, PALE, bars_figure, drawing, sample_sd, spread
+from mipfast.experiment.figures import COLOUR, PALE, bars_figure, drawing, sample_sd, size_figure, spread
 from mipfast.experiment.page import Bullets, Fold, Grid, Heading, Part, Plot, Verbatim, line, plain
 from mipfast.judge.records import ROW_FILES, read_records
 
@@ -121,6 +121,10 @@ def parts(comparison: Comparison) -> list[Part]:
         report.append(Bullets(said))
     if dots := _dots(comparison):
         report.append(Plot("forget-retain.png", _dots_alt(dots), partial(forget_retain_figure, dots)))
+    for i, run in enumerate(comparison.runs):
+        if "curve" in (path := run.facts.get("path", {})):
+            alt = f"{run.name}: NLL of forget answers and damage by neurons pruned; chosen {path['neurons']}"
+            report.append(Plot(f"size-{i}.png", alt, partial(size_figure, path, run.name)))
     legend = "↓ lower is better, ↑ higher is better, →1 better near one, – not measured, n: number of samples."
     several = any(len(row.scores) > 1 for row in comparison.rows)
     report += [Heading("Every metric"), legend + " ±: sample sd over seeds." * several]

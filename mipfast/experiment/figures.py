@@ -94,6 +94,33 @@ def bars_figure(title: str, results: dict[str, Any], groups: Sequence[str] = GRO
     return figure
 
 
+@drawing
+def size_figure(origin: dict[str, Any], title: str = "") -> Figure:
+    """What `fit_path` tried, from its path's origin: NLL of forget answers, and damage to retain answers, over the
+    number of neurons; a line marks the chosen size."""
+    from matplotlib.figure import Figure
+
+    (before, *sizes), limit = origin["curve"], origin["max_damage"]
+    neurons = [size["neurons"] for size in sizes]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure.suptitle(f"{title}: {origin['neurons']} neurons" if title else f"{origin['neurons']} neurons")
+    known, damage = figure.subplots(1, 2)
+    known.axhline(before["forget"], color=PALE, label="unpruned")
+    known.plot(neurons, [size["forget"] for size in sizes], marker="o", ms=4, color=COLOUR["forget"])
+    known.set(title="forget answers: higher is more forgotten", ylabel="NLL, nats per token")
+    damage.axhline(limit, color=PALE, label="allowed")
+    damage.plot(neurons, [size["damage"] for size in sizes], marker="o", ms=4, color=COLOUR["retain"])
+    damage.set_yscale("symlog", linthresh=limit)  # what counts is about the limit, and the last sizes are far beyond it
+    damage.set(title="retain answers: lower is better", ylabel="damage, nats per token")
+    for axes in (known, damage):
+        axes.axvline(origin["neurons"], color=COLOUR["retain"], linewidth=0.8, ls="--", label="chosen")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("neurons pruned")
+        axes.legend(loc="upper left")
+    return figure
+
+
 def stages(results: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return [(stage, list(rows)) for stage, rows in groupby(results["rows"], key=lambda row: row["stage"])]
 

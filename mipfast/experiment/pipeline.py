@@ -20,7 +20,7 @@ from mipfast.data.checkpoint import check_device, load_model, save_model
 from mipfast.data.encoder import Batches, Encoder
 from mipfast.edit.config import MIPConfig
 from mipfast.edit.neuron_path import NeuronPath
-from mipfast.edit.unlearn import edit, select_path, text_scoring, weighs_damage
+from mipfast.edit.unlearn import check_judged, edit, fitted, select_path, text_scoring, weighs_damage
 from mipfast.errors import ArtefactError
 from mipfast.experiment import finetune as finetuning
 from mipfast.experiment import locate_file
@@ -152,10 +152,15 @@ def _sets(
     roles: Mapping[str, list[Record]], config: MIPConfig, sites: Sites
 ) -> dict[str, tuple[list[Record], LocateConfig]]:
     """What `select_path` needs: {"role-modality": (records, how they are scored)}. IGI is fed the forget set's text,
-    IFI its pictures; the damage estimate takes IGI of everything that is to be kept."""
+    IFI its pictures; the damage estimate takes IGI of everything that is to be kept, of every other record where those
+    between judge the size of the path."""
     sets: dict[str, tuple[list[Record], LocateConfig]] = {}
     damage = weighs_damage(config) and any(record.modality == "text" for record in roles["forget"])
+    if config.fraction == "auto":
+        check_judged(len(_kept(roles, slice(1, None, 2))), "records")
     for role, records in roles.items():
+        if role != "forget" and config.fraction == "auto":
+            records = _kept({role: records}, slice(None, None, 2))
         for modality in ("text", "image"):
             some = [record for record in records if record.modality == modality]
             if role == "forget" and modality == "image":
@@ -165,6 +170,13 @@ def _sets(
             if some and how:
                 sets[f"{role}-{modality}"] = (some, how)
     return sets
+
+
+def _kept(roles: Mapping[str, list[Record]], part: slice) -> list[Record]:
+    """Some records of every role but forget, of each modality alike."""
+    others = [records for role, records in roles.items() if role != "forget"]
+    sides = ([r for r in records if r.modality == m] for records in others for m in ("text", "image"))
+    return [record for side in sides for record in side[part]]
 
 
 def _locate(model: Any, encoder: Encoder, roles: dict[str, list[Record]], stage: UnlearnStage, out: Path) -> None:
@@ -196,13 +208,19 @@ def _unlearn(
         _locate(model, encoder, roles, stage, out)
         located = {name: locate_file.read(out / "locate" / name) for name in names}
     kept = [one for name, one in located.items() if not name.startswith("forget-")]
-    path = select_path(sites, located.get("forget-text"), located.get("forget-image"), kept, stage)
-    path.save_pretrained(folder / "path")
+    towers = located.get("forget-text"), located.get("forget-image")
     others = [record for role, records in roles.items() if role != "forget" for record in records]
     forget, retain = (Batches(encoder, some, stage.batch_size, model.device) for some in (roles["forget"], others))
+    if stage.fraction == "auto":
+        judged = Batches(encoder, _kept(roles, slice(1, None, 2)), stage.batch_size, model.device)
+        path = fitted(model, forget, judged, *towers, kept, stage)
+    else:
+        path = select_path(sites, *towers, kept, stage)
+    path.save_pretrained(folder / "path")
     report = {
         **identity,
         "locate": {name: one.report for name, one in located.items()},
+        "path": path.origin,
         "misdirect": edit(model, path, forget, retain, stage),
         "neurons": _neurons(path, sites),
         "versions": versions(),
@@ -239,6 +257,7 @@ def _summary(experiment: Experiment, out: Path, stages: Stages) -> dict[str, Any
             for role, groups in experiment.eval.data.groups.items()
         },
         "neurons": report["neurons"],
+        "path": report["path"],
         "flags": _flags(experiment, report, scores, stages),
     }
 
@@ -256,6 +275,8 @@ def _flags(
     for name, located in report["locate"].items():
         if dead := located["layers_without_gradient"]:
             flags.append(f"no gradient reaches layers {', '.join(map(str, dead))} of {located['stack']} on {name}")
+    if note := report["misdirect"].get("note"):
+        flags.append(note)
     if idle := report["misdirect"]["without_gradient"]:
         flags.append(f"on the path but never trained: {', '.join(idle)}")
     for name, values in scores.items():
