@@ -123,6 +123,7 @@ KINDS = {  # name: (what is done, what the message says was found, what it says 
     "texts for batches": (lambda: unlearned(forget=["Who is she ?"]), "forget batch 0: found a str", BATCH),
     "tensors for batches": (lambda: unlearned(retain=[FIRST["input_ids"]]), "retain batch 0: found a Tensor", BATCH),
     "one batch to judge": (lambda: evaluate(MODEL, FIRST), "found a str in the place of a batch", BATCH),
+    "a number to locate on": (lambda: locate(MODEL, 3), "found a int in the place of a batch", BATCH),
     "retain without labels": (
         lambda: unlearned(retain=[RETAIN[0], without_labels(RETAIN[1])]),
         r"retain batch 1: the batch has no labels \(it has input_ids, attention_mask",

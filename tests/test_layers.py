@@ -102,8 +102,14 @@ def assert_near(found, whole, layers):
 PRODUCT = dict(combine="product", score="igi", positions=[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-@pytest.mark.parametrize("settings", [*RULES, dict(score="ifi"), PRODUCT, dict(memory_budget=1)], ids=str)
+OTHERS = (dict(score="ifi"), PRODUCT, dict(memory_budget=1, n_steps=2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [*((dtype, rule) for dtype in (torch.float32, F64) for rule in RULES), *((F64, other) for other in OTHERS)],
+    ids=str,
+)
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_a_greedy_search_up_to_a_layer_is_the_whole_call_s_to_the_bit(modality, settings, dtype):
     qwen = tiny_qwen_vl(dtype)
@@ -385,8 +391,10 @@ def test_unlearn_scores_no_layer_that_it_leaves_out_and_chooses_the_same_to_the_
         MIPConfig(LocateConfig(search="pointwise"), aggregate="mean"),
         MIPConfig(LocateConfig.released("text"), aggregate="union"),
         MIPConfig(LocateConfig(layers=range(2)), aggregate="mean"),
+        MIPConfig(LocateConfig(), aggregate="mean", scope="stack"),
+        MIPConfig(LocateConfig(), aggregate="mean", fraction="auto"),  # which may choose above the steering layer
     ],
-    ids=["snr", "pointwise", "released", "given"],
+    ids=["snr", "pointwise", "released", "given", "stack", "auto"],
 )
 def test_unlearn_scores_what_it_was_told_where_a_choice_might_differ(config):
     assert unlearning.text_scoring(config, find_sites(tiny_llama())) is config.text

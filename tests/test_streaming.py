@@ -190,6 +190,20 @@ def test_aggregate_selects_what_the_samples_select(llama, text_file, tmp_path):
     assert same(Attribution.from_pretrained(tmp_path / "saved"), sums)
 
 
+@pytest.mark.parametrize("aggregate", [False, True])
+def test_a_folder_of_before_errors_were_kept_is_read_without(llama, text_file, tmp_path, monkeypatch, aggregate):
+    save = locate_file._save
+
+    def as_before(path, tensors, *facts):
+        save(path, {name: tensor for name, tensor in tensors.items() if name != "error"}, *facts)
+
+    whole = run(llama, text_file, tmp_path / "whole", aggregate=aggregate, limit=3)
+    monkeypatch.setattr(locate_file, "_save", as_before)
+    found = run(llama, text_file, tmp_path / "out", aggregate=aggregate, limit=3)
+    assert torch.equal(found.scores, whole.scores) and found.error.shape == whole.error.shape
+    assert found.error.isnan().all() and not whole.error.isnan().any() and found.report["unconverged"] == []
+
+
 # ---------------------------------------------------------------------------------------------- stopped and resumed
 
 

@@ -64,12 +64,15 @@ def batch_of(tokenizer, prompts, most=3):
     return {"input_ids": ids, "labels": labels, "attention_mask": attended}
 
 
-def along(path, model, batch, truth, **settings):
-    """A fixed rule's scores [1,L,F] along a given path [1,L,k]; as in truth up to where that went another way."""
-    same = (path.sort(2).values == truth.path.sort(2).values).all(2)[0]
-    shared = int(same.long().cumprod(0).sum()) + 1
-    if shared > len(same):
-        return truth.scores
+def along(path, model, batch, truth=None, **settings):
+    """A fixed rule's scores [1,L,F] along a given path [1,L,k]; as in truth, by the same rule, up to where that went
+    another way."""
+    shared = 0
+    if truth is not None:
+        same = (path.sort(2).values == truth.path.sort(2).values).all(2)[0]
+        shared = int(same.long().cumprod(0).sum()) + 1
+        if shared > len(same):
+            return truth.scores
     score = ResidualNodes.score
 
     def given(captured, config, s1, s2, layers):
@@ -87,7 +90,7 @@ def along(path, model, batch, truth, **settings):
         mock.patch.object(search, "_check_route", unchecked),  # which would find scores missing
     ):
         found = locate(model, batch, residuals="none", **settings).scores
-    return torch.cat([truth.scores[:, :shared], found[:, shared:]], 1)
+    return found if truth is None else torch.cat([truth.scores[:, :shared], found[:, shared:]], 1)
 
 
 def unchecked(call, batch, faster):

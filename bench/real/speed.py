@@ -45,7 +45,7 @@ def checked(model, batch, tol):
     found, truth = locate(model, batch, tol=tol, residuals="none"), locate(model, batch, **TRUTH)
     settings = dict(method="substituted", n_steps=128)
     ours = relative(found.scores, along(found.path, model, batch, truth, **settings))[0]
-    left = relative(along(truth.path, model, batch, truth, method="riemann_left", n_steps=LEFT), truth.scores)[0]
+    left = relative(along(truth.path, model, batch, method="riemann_left", n_steps=LEFT), truth.scores)[0]
     return ours, left
 
 

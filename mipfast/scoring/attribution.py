@@ -93,8 +93,11 @@ def convergence(error: torch.Tensor, config: dict[str, Any]) -> dict[str, Any]:
     for a fixed rule."""
     if not config.get("tol"):
         return {}
-    rounded = config["tol"] * (1 + 1e-5)  # errors are float32
-    return {"unconverged": (error > rounded).nonzero().tolist()}
+    return {"unconverged": (error > _rounded(config["tol"])).nonzero().tolist()}
+
+
+def _rounded(tol: float) -> float:
+    return tol * (1 + 1e-5)  # errors are float32
 
 
 def converged(attribution: Attribution) -> str | None:
@@ -118,7 +121,7 @@ def converged(attribution: Attribution) -> str | None:
     if not tol or not error.numel():
         return None
     sample, at = divmod(int(error.argmax()), len(layers))
-    share = (error <= tol * (1 + 1e-5)).double().mean().item()
+    share = (error <= _rounded(tol)).double().mean().item()
     worst = f"worst {error.max().item():.2g} (sample {sample}, layer {layers[at]})"
     return f"converged to {tol:g}: {share:.1%} of {error.numel()} layers of samples; {worst}"
 

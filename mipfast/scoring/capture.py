@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -79,9 +79,15 @@ class Capture:
     @cached_property
     def divisible(self) -> bool:
         """Whether every sample has its own place in all arguments and as many tokens, so that `of` can take it."""
-        n = self.num_samples
+        n, places = self.num_samples, list[bool]()
+
+        def look(name: str, value: torch.Tensor, dim: int) -> torch.Tensor:
+            places.append(value.shape[dim] == n or serves_all(name, value, dim, n))
+            return value
+
+        by_sample("", self.kwargs, look)
         own = torch.arange(n, device=self.token_sample.device).repeat_interleave(self.tokens // n)
-        return self.token_sample.equal(own) and all(_divisible(name, value, n) for name, value in self.kwargs.items())
+        return self.token_sample.equal(own) and all(places)
 
     def of(self, samples: torch.Tensor) -> Capture:
         """The capture of a batch of these samples [s], which may repeat; of logits and outputs it keeps this one's."""
@@ -90,9 +96,14 @@ class Capture:
         slot = starts.repeat_interleave(self._row_counts[samples])
         index = self.rows.index[rows] + (slot - self.rows.sample[rows]) * tokens
         labels = (part[samples.to(part.device)] for part in (self.labels.index, self.labels.target, self.labels.mask))
+
+        def taken(name: str, value: torch.Tensor, dim: int) -> torch.Tensor:
+            same = serves_all(name, value, dim, self.num_samples)
+            return value if same else value.index_select(dim, samples.to(value.device))
+
         return replace(
             self,
-            kwargs={name: _of(name, value, samples, self.num_samples) for name, value in self.kwargs.items()},
+            kwargs=by_sample("", self.kwargs, taken),
             labels=Labels(*labels),
             rows=Rows(slot, index),
             token_sample=starts.repeat_interleave(tokens),
@@ -126,30 +137,20 @@ class OfRows(Sequence[torch.Tensor]):
         return len(self._layers)
 
 
-def _divisible(name: str, value: Any, n: int) -> bool:
-    """Whether a decoder's argument has a place for each of n samples, or serves them all."""
+def by_sample(name: str, value: Any, change: Callable[[str, torch.Tensor, int], torch.Tensor]) -> Any:
+    """A decoder's argument with change(name, tensor, its batch dimension) in the place of every tensor that has one."""
     if isinstance(value, dict):
-        return all(_divisible(key, item, n) for key, item in value.items())
+        return {key: by_sample(key, item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return all(_divisible(name, item, n) for item in value)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
-        return True
-    size = value.shape[families.BATCH_DIM.get(name, 0)]
-    return size == n or (name in families.ONE_FOR_ALL and size == 1)
-
-
-def _of(name: str, value: Any, samples: torch.Tensor, n: int) -> Any:
-    """A divisible argument of n samples for these samples."""
-    if isinstance(value, dict):
-        return {key: _of(key, item, samples, n) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_of(name, item, samples, n) for item in value)
+        return type(value)(by_sample(name, item, change) for item in value)
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
         return value
-    dim = families.BATCH_DIM.get(name, 0)
-    if name in families.ONE_FOR_ALL and value.shape[dim] == 1 and n > 1:
-        return value
-    return value.index_select(dim, samples.to(value.device))
+    return change(name, value, families.BATCH_DIM.get(name, 0))
+
+
+def serves_all(name: str, value: torch.Tensor, dim: int, n: int) -> bool:
+    """Whether a decoder's argument is the same for all of n samples, and has one place for them."""
+    return name in families.ONE_FOR_ALL and value.shape[dim] == 1 and n > 1
 
 
 def capture(

@@ -28,7 +28,7 @@ from mipfast.model import families
 from mipfast.model.batch import without_labels
 from mipfast.model.head import base_model, label_states, with_states
 from mipfast.model.patching import replaced_forward
-from mipfast.scoring.capture import Capture
+from mipfast.scoring.capture import Capture, by_sample, serves_all
 from mipfast.scoring.prefix_attention import attending, window
 
 _forward_mode_lock = threading.Lock()
@@ -45,7 +45,13 @@ class Replay:
         self.capture, self.copies = capture, copies
         offsets = torch.arange(copies, device=capture.rows.index.device) * capture.tokens
         self._index = (offsets[:, None] + capture.rows.index).flatten()
-        self._kwargs = {k: _tile(k, v, copies, capture.num_samples) for k, v in capture.kwargs.items()}
+
+        def tiled(name: str, value: torch.Tensor, dim: int) -> torch.Tensor:
+            times = [1] * value.ndim
+            times[dim] = copies
+            return value if serves_all(name, value, dim, capture.num_samples) else value.repeat(times)
+
+        self._kwargs = by_sample("", capture.kwargs, tiled)
         self.states: Any = []  # of tensors
         self.baseline_outputs: list[torch.Tensor] = []
         self.tangents: list[torch.Tensor | None] = []
@@ -374,21 +380,6 @@ def _sizes(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_sizes(item) for item in value]
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _tile(name: str, value: Any, copies: int, num_samples: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _tile(name, item, copies, num_samples) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_tile(name, item, copies, num_samples) for item in value)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in families.NO_BATCH_DIM:
-        return value
-    dim = families.BATCH_DIM.get(name, 0)
-    if name in families.ONE_FOR_ALL and value.shape[dim] == 1 and num_samples > 1:
-        return value
-    times = [1] * value.ndim
-    times[dim] = copies
-    return value.repeat(times)
 
 
 def _cut(kwargs: dict[str, Any], starts: Sequence[int], width: int, pictures_follow: bool = False) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from mipfast.errors import InputError, ModelError, configured
 from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
-from mipfast.model.batch import Batch, Labels
+from mipfast.model.batch import BATCH, Batch, Labels
 from mipfast.model.patching import frozen_eval, lock_of, unwrapped
 from mipfast.model.remembered import remembered
 from mipfast.model.sites import Sites, Stack, find_sites
@@ -95,6 +95,8 @@ def locate(
     if not 1 <= config.top_k <= stack.num_neurons:
         raise InputError(f"top_k={config.top_k} of {stack.num_neurons} neurons per layer of {stack.name}; lower top_k")
     layers = config.scored(stack.num_layers)
+    if not isinstance(batch, Iterable):
+        raise InputError(f"found a {type(batch).__name__} in the place of a batch; {BATCH}")
     batches = [batch] if isinstance(batch, Mapping) else batch
     others = _counterfactuals(batch, counterfactuals, config)
     parts: list[Located] = []
