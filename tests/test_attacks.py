@@ -1,12 +1,16 @@
 """Attacks against truths worked out by hand: pairs counted, weights rounded one by one, prompts written out again."""
 
+import math
+import zlib
+
 import families
 import numpy as np
 import pytest
 import torch
-from tiny import PAD, image_batch, text_batch, tiny_llama, tiny_qwen_vl
+from tiny import FIRST_WORD, PAD, image_batch, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import DivergedError, InputError, ModelError
+from mipfast.judge import attacks
 from mipfast.judge.attacks import membership, prefixed, quantised, relearned
 
 
@@ -33,15 +37,88 @@ def test_membership_counts_pairs(seed):
     truth = [zip(*(s for batch in side for s in scores(model, batch, 3)), strict=True) for side in (members, strangers)]
     loss, min_k = (counted(*pair) for pair in zip(*truth, strict=True))
     found = membership(model, members, strangers, k=0.3)
-    assert found == {"loss": pytest.approx(loss), "min_k": pytest.approx(min_k)}
+    assert (found["loss"], found["min_k"]) == (pytest.approx(loss), pytest.approx(min_k))
+    assert list(found) == ["loss", "min_k", "min_k_plus_plus"]
+
+
+class Words:
+    """A tokenizer whose words are their numbers."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(str(i) for i in ids if not (skip_special_tokens and i < FIRST_WORD))
+
+
+def of_one_model(model, batch, share):
+    """A dict for every sample, in Python's own floats, one word of the vocabulary after the other."""
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    for row, labels in zip(logits.tolist(), batch["labels"].tolist(), strict=True):
+        said, standard, words = [], [], []
+        for t in range(1, len(labels)):
+            if labels[t] == -100:
+                continue
+            total = math.fsum(math.exp(value) for value in row[t - 1])
+            log_p = [value - math.log(total) for value in row[t - 1]]
+            mu = math.fsum(math.exp(value) * value for value in log_p)
+            variance = math.fsum(math.exp(value) * value**2 for value in log_p) - mu**2
+            said.append(log_p[labels[t]])
+            standard.append((said[-1] - mu) / math.sqrt(variance))
+            words.append(labels[t])
+        k = max(1, math.floor(share * len(said)))
+        loss = math.fsum(said) / len(said)
+        packed = zlib.compress(Words().decode(words, True).encode("utf-8"))
+        yield {
+            "loss": loss,
+            "min_k": math.fsum(sorted(said)[:k]) / k,
+            "min_k_plus_plus": math.fsum(sorted(standard)[:k]) / k,
+            "zlib": loss / len(packed),
+        }
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_every_likelihood_of_a_sample(padding, share):
+    model, other = tiny_llama(torch.float64), tiny_llama(torch.float64)
+    for weight in other.parameters():
+        weight.data *= 1.3
+    sides = [
+        [
+            text_batch(model, [14, 12], [10, 7], padding, seed),
+            text_batch(model, [9, 11, 5], [4, 1, 2], padding, seed + 9),
+        ]
+        for seed in (1, 2)
+    ]
+    sides[0][0]["labels"][0, sides[0][0]["labels"][0] != -100] = FIRST_WORD  # a text that packs well
+    truth = [[one for batch in side for one in of_one_model(model, batch, share)] for side in sides]
+    for side, expected in zip(sides, truth, strict=True):
+        found = attacks._likelihoods(model, side, share, Words())
+        assert found == {name: pytest.approx([one[name] for one in expected], rel=1e-9) for name in expected[0]}
+        for one, its in zip(
+            expected, (its for batch in side for its in of_one_model(other, batch, share)), strict=True
+        ):
+            one["reference"] = one["loss"] - its["loss"]
+    expected = {name: pytest.approx(counted(*([one[name] for one in side] for side in truth))) for name in truth[0][0]}
+    assert membership(model, *sides, k=share, tokenizer=Words(), reference=other) == expected
+    assert len({float(value.expected) for value in expected.values()}) > 2  # they tell different things
+    assert membership(model, *sides, reference=model)["reference"] == 50  # to which nothing is news
+
+
+def test_standardised_by_hand():
+    """p = 1/2, 1/4, 1/4: log p = -1, -2, -2 in units of log 2, mean -3/2, standard deviation 1/2."""
+    log_p = torch.tensor([[0.5, 0.25, 0.25, 0.0]] * 2, dtype=torch.float64).log()  # and a word that is ruled out
+    assert attacks._standardised(log_p, -log_p[[0, 1], [0, 2]]).tolist() == pytest.approx([1, -1])
+    even = torch.full((1, 4), 0.25).log()
+    sure = torch.tensor([[0.0, -200.0, -torch.inf]])
+    assert [attacks._standardised(log_p, -log_p[:, 0]).item() for log_p in (even, sure)] == [0, 0]
+    assert attacks._standardised(sure, -sure[:, 1]).item() == pytest.approx(-200 / 1e-3)
 
 
 def test_what_was_trained_is_told_apart_and_what_was_driven_out_stands_out():
     model = tiny_qwen_vl()
     members, strangers = [image_batch(model, 3, seed=1)], [image_batch(model, 4, seed=2)]
     with relearned(model, members * 20, lr=5e-3):
-        assert membership(model, members, strangers) == {"loss": 100, "min_k": 100}
-        assert membership(model, strangers, members) == {"loss": 0, "min_k": 0}
+        assert set(membership(model, members, strangers).values()) == {100}
+        assert set(membership(model, strangers, members).values()) == {0}
 
 
 def test_one_token_answers_have_one_score():
@@ -58,6 +135,14 @@ def test_membership_says_what_it_cannot_do():
         membership(model, *sides, k=0)
     with pytest.raises(InputError, match="1 and 0"):
         membership(model, sides[0], [])
+    with pytest.raises(InputError, match="tokenizer is a str; expected one with decode"):
+        membership(model, *sides, tokenizer="gpt2")
+    with pytest.raises(InputError, match="reference is a str; expected a model"):
+        membership(model, *sides, reference="gpt2")
+    broken = tiny_llama()
+    broken.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="sample 0 .*check the reference's weights"):
+        membership(model, *sides, reference=broken)
     model.lm_head.weight.data[0, 0] = torch.nan
     with pytest.raises(DivergedError, match="sample 0"):
         membership(model, *sides)

@@ -125,10 +125,17 @@ def by_hand(model, encoder, record):
         places = (batch["labels"][0] != -100).nonzero().flatten()
         return -sum(float(logp[at - 1, batch["labels"][0, at]]) for at in places) / len(places)
 
+    def token_hits():
+        batch = encoder.batch([record])
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+        places = (batch["labels"][0] != -100).nonzero().flatten().tolist()
+        return [int(logits[at - 1].argmax()) == int(batch["labels"][0, at]) for at in places]
+
     choice = record.task == "choice"
     return {
         "text": encoder.decode([i for i in written if i != tiny.EOS], True),
         "nll": nll(record.answer),
+        "token_hits": token_hits(),
         "nll_options": [nll(o, LETTERS[i]) for i, o in enumerate(record.options)] if choice else [],
         "nll_paraphrase": [nll(record.paraphrase)] if record.paraphrase and record.perturbed else [],
         "nll_perturbed": [] if choice else [nll(answer) for answer in record.perturbed],
@@ -136,7 +143,8 @@ def by_hand(model, encoder, record):
 
 
 def check_same(found, expected):
-    assert [row["text"] for row in found] == [row["text"] for row in expected]
+    for name in ("text", "token_hits"):
+        assert [row[name] for row in found] == [row[name] for row in expected]
     for a, b in zip(found, expected, strict=True):
         assert a["nll"] == pytest.approx(b["nll"], abs=1e-5, rel=0)
         for name in FIELDS:
@@ -182,6 +190,7 @@ def test_the_benchmarks_twins(tmp_path, name):
         for kind in ("text", "image"):
             assert found.summary[f"Full_Set/{kind}/generation/exact_match"] > 0.9
             assert found.summary[f"Full_Set/{kind}/generation/probability"] > 0.9
+            assert found.summary[f"Full_Set/{kind}/generation/extraction_strength"] > 0.9
             assert 0 < found.summary[f"Full_Set/{kind}/choice/normalised_probability"] < 1
         assert found.summary["forget05_perturbed/image/generation/truth_ratio"] > 0
 
@@ -229,7 +238,7 @@ def test_logits_are_computed_from_the_first_label_on(llama):
 def row(task="generation", text="", **changes):
     fields = {"id": "1/x", "group": "g", "modality": "text", "prompt": "?", "target": "Oslo", "answer": "Oslo"}
     empty = {name: [] for name in FIELDS}
-    return fields | {"task": task, "text": text, "nll": math.log(2)} | empty | changes
+    return fields | {"task": task, "text": text, "nll": math.log(2), "token_hits": []} | empty | changes
 
 
 def test_every_metric_of_a_row_by_hand():
@@ -243,6 +252,8 @@ def test_every_metric_of_a_row_by_hand():
     assert judge_records._scores(row("cloze", "In OSLO")) == pytest.approx(
         dict(probability=0.5, accuracy=1, exact_match=0)
     )
+    memorised = judge_records._scores(row("cloze", "In OSLO", token_hits=[True, False, True, True]))
+    assert (memorised["exact_memorisation"], memorised["extraction_strength"]) == (0.75, 0.5)
     wrong = {"nll_paraphrase": [-math.log(0.4)], "nll_perturbed": [-math.log(0.1), -math.log(0.3)]}
     generated = judge_records._scores(row(text="Oslo", **wrong))
     assert generated == pytest.approx(
@@ -291,6 +302,7 @@ def test_what_is_not_finite_is_reported_and_not_averaged_away(llama, tmp_path, c
     assert "9 of 9 records have a log-likelihood that is nan" in caplog.text and "forget_5/0/x" in caplog.text
     assert len(found.not_finite) == 9 and {row["nll"] for row in found.rows} == {None}
     likely = ("probability", "likelihood_accuracy", "truth_ratio", "truth_ratio_forget", "truth_ratio_retain")
+    likely += ("exact_memorisation", "extraction_strength")
     assert {math.isnan(v) for cell, v in found.summary.items() if cell.rsplit("/")[-1] in likely} == {True}
     for path in tmp_path.glob("*.json*"):
         assert "NaN" not in path.read_text()
@@ -337,6 +349,20 @@ def test_what_is_there_is_not_done_again(llama, tmp_path, monkeypatch, small_chu
     monkeypatch.setattr(judge_records._Runner, "rows", lambda self, some: asked.append(len(some)) or real(self, some))
     check_same(judge(llama, records, out=tmp_path, batch_size=5).rows, first.rows)
     assert asked == [2]
+
+
+def test_a_folder_of_before_is_read_without_what_it_lacks_and_asked_again_for_it(llama, tmp_path):
+    records = some_records(False)
+    first = judge(llama, records, out=tmp_path)
+    file = tmp_path / "rows-000000.jsonl"
+    kept = file.read_bytes()
+    rows = [{name: value for name, value in row.items() if name != "token_hits"} for row in first.rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = read_records(tmp_path)
+    assert before.rows == [row | {"token_hits": []} for row in rows]
+    lost = {cell for cell in first.summary if cell.endswith(("/exact_memorisation", "/extraction_strength"))}
+    assert lost and before.summary == {cell: value for cell, value in first.summary.items() if cell not in lost}
+    assert judge(llama, records, out=tmp_path) == first and file.read_bytes() == kept
 
 
 def test_another_model_config_or_set_of_records_is_refused(tmp_path):

@@ -2,14 +2,17 @@
 
 import math
 import sys
+from itertools import product
 from statistics import fmean
 
 import pytest
 import sacrebleu
+import torch
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
+from tiny import FIRST_WORD, text_batch, tiny_llama
 
-from mipfast import InputError, MipfastError
+from mipfast import InputError, MipfastError, evaluate
 from mipfast.judge import metrics
 
 NLL = {p: -math.log(p) for p in (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.8, 1.0)}
@@ -74,6 +77,78 @@ def test_probabilities():
     assert metrics.probability(math.inf) == 0 and math.isnan(metrics.probability(math.nan))
     assert metrics.normalised_probability(NLL[0.4], [NLL[0.1], NLL[0.3]]) == pytest.approx(0.4 / 0.8)
     assert metrics.normalised_probability(1000.0, [1001.0]) == pytest.approx(1 / (1 + math.exp(-1)))
+
+
+def shortest_prefix(hits):
+    """k by its definition: try every prefix, the whole answer last, whose rest is nothing at all."""
+    return next(k for k in range(len(hits) + 1) if all(hits[k:]))
+
+
+def test_memorisation_by_hand():
+    for hits, exact, strength in [
+        ("111", 1, 1),
+        ("000", 0, 0),
+        ("1", 1, 1),
+        ("0", 0, 0),
+        ("1110", 3 / 4, 0),  # however much is given, greedy decoding ends in another token
+        ("0111", 3 / 4, 3 / 4),
+        ("10011", 3 / 5, 2 / 5),
+    ]:
+        hits = [hit == "1" for hit in hits]
+        assert metrics.exact_memorisation(hits) == exact and metrics.extraction_strength(hits) == strength
+    for of in (metrics.exact_memorisation, metrics.extraction_strength):
+        with pytest.raises(InputError, match="expected at least one"):
+            of([])
+
+
+def test_memorisation_of_every_answer_of_up_to_eight_tokens():
+    for length in range(1, 9):
+        for hits in product([False, True], repeat=length):
+            assert metrics.extraction_strength(hits) == pytest.approx(1 - shortest_prefix(hits) / length, abs=1e-15)
+            assert metrics.exact_memorisation(hits) == pytest.approx(sum(hits) / length, abs=1e-15)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_memorisation_is_what_greedy_decoding_writes(padding):
+    """Answers that the model would write in part: decoding is tried from every prefix, one sample at a time."""
+    model = tiny_llama(torch.float64)
+    batch = text_batch(model, [9, 12, 8, 10, 7], [4, 6, 1, 5, 1], padding)
+    with torch.no_grad():
+        for row, wrong in zip(range(5), [[], [0, 2], [], [4], [0]], strict=True):
+            places = (batch["labels"][row] != -100).nonzero().flatten().tolist()
+            for i, place in enumerate(places):  # what it says, and another token at the wrong places
+                ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+                seen = int(batch["attention_mask"][row, :place].sum())
+                said = int(model(ids[None, :seen]).logits[0, -1].argmax())
+                token = FIRST_WORD + (said + 1 - FIRST_WORD) % (61 - FIRST_WORD) if i in wrong else said
+                batch["input_ids"][row, place] = batch["labels"][row, place] = token
+        expected = [greedily(model, *sample) for sample in samples_of(batch)]
+    assert [strength for _, strength in expected] == [1, pytest.approx(1 / 2), 1, 0, 0]
+    found = evaluate(model, [batch])
+    assert found.exact_memorisation == pytest.approx([exact for exact, _ in expected])
+    assert found.extraction_strength == pytest.approx([strength for _, strength in expected])
+    assert found.hits == [exact == 1 for exact, _ in expected]
+
+
+def samples_of(batch):
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        tokens, asked = ids[mask.bool()].tolist(), int((labels != -100).sum())
+        yield tokens[:-asked], tokens[-asked:]
+
+
+def greedily(model, prompt, answer):
+    """(exact memorisation, extraction strength), token by token."""
+
+    def writes(given):
+        return int(model(torch.tensor([given])).logits[0, -1].argmax())
+
+    exact = sum(writes(prompt + answer[:i]) == token for i, token in enumerate(answer)) / len(answer)
+    for k in range(len(answer) + 1):
+        written = prompt + answer[:k]
+        while len(written) < len(prompt) + len(answer):
+            written = [*written, writes(written)]
+        if written == prompt + answer:
+            return exact, 1 - k / len(answer)
 
 
 def test_truth_ratio():

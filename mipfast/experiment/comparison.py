@@ -34,7 +34,7 @@ HEADLINE = {"generation": "rouge_l", "cloze": "accuracy", "choice": "accuracy"} 
 GAP, COLLAPSE = 25.0, 15.0  # percentage points; percent of the vanilla model's score
 # in these a rate relative to the vanilla model has a meaning
 KNOWLEDGE = {"accuracy", "likelihood_accuracy", "exact_match", "rouge_l", "rouge_l_recall", "bleu"}
-KNOWLEDGE |= {"probability", "normalised_probability"}
+KNOWLEDGE |= {"probability", "normalised_probability", "exact_memorisation", "extraction_strength"}
 FLAGS = {
     "no_vanilla": "the folder has no vanilla model to compare with, so there are no rates",
     "diverged": "a metric, or a loss in training, is nan or infinite",

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mipfast.errors import DivergedError
+from mipfast.judge import metrics
 from mipfast.model.batch import Batch, read_batch, without_labels
 from mipfast.model.patching import frozen_eval, unwrapped
 
@@ -20,13 +21,28 @@ class Evaluation:
 
     predicted: list[list[int]]
     """The token ids that the model ranks first at the question's label positions."""
-    hits: list[bool]
-    """Whether all of them are right."""
+    token_hits: list[list[bool]]
+    """Whether each of them is right."""
+
+    @property
+    def hits(self) -> list[bool]:
+        """Whether all of a question's tokens are right."""
+        return [all(tokens) for tokens in self.token_hits]
 
     @property
     def accuracy(self) -> float:
         """Percent of questions answered right; nan without questions."""
-        return 100 * sum(self.hits) / len(self.hits) if self.hits else float("nan")
+        return 100 * sum(self.hits) / len(self.hits) if self.token_hits else float("nan")
+
+    @property
+    def exact_memorisation(self) -> list[float]:
+        """`metrics.exact_memorisation` of every question, in [0, 1]."""
+        return [metrics.exact_memorisation(tokens) for tokens in self.token_hits]
+
+    @property
+    def extraction_strength(self) -> list[float]:
+        """`metrics.extraction_strength` of every question, in [0, 1]."""
+        return [metrics.extraction_strength(tokens) for tokens in self.token_hits]
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False) -> Evaluation:
@@ -40,7 +56,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
         progress: show a bar.
 
     Returns:
-        What the model ranks first for every question, in order, and whether it is right.
+        What the model ranks first for every question, in order, whether it is right, and how much of the answer is
+        memorised.
 
     Raises:
         InputError: for a batch without labels.
@@ -55,12 +72,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
         >>> ids = torch.tensor([[3, 5, 7]])
         >>> answer = int(model(ids).logits[0, 1].argmax())  # what the model would write after 3, 5
         >>> found = evaluate(model, [{"input_ids": ids, "labels": torch.tensor([[-100, -100, answer]])}])
-        >>> found.predicted == [[answer]], found.accuracy
-        (True, 100.0)
+        >>> found.predicted == [[answer]], found.accuracy, found.extraction_strength
+        (True, 100.0, [1.0])
     """
     model = unwrapped(model)
     predicted: list[list[int]] = []
-    hits: list[bool] = []
+    token_hits: list[list[bool]] = []
     with frozen_eval(model), torch.no_grad():
         for batch in tqdm(list(batches), desc="evaluate", disable=not progress, leave=False):
             batch, labels = read_batch(model, batch)
@@ -74,5 +91,5 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], progress: bool = False)
             best = picked.argmax(-1).cpu()
             for row, target, mask in zip(best, labels.target.cpu(), labels.mask.cpu(), strict=True):
                 predicted.append(row[mask].tolist())
-                hits.append(bool((row == target)[mask].all()))
-    return Evaluation(predicted, hits)
+                token_hits.append((row == target)[mask].tolist())
+    return Evaluation(predicted, token_hits)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mipfast.errors import DivergedError, InputError
 from mipfast.judge import metrics
 from mipfast.model import families
-from mipfast.model.batch import Batch, check_many
-from mipfast.model.likelihood import cross_entropy, token_nll
+from mipfast.model.batch import Batch, check_many, find_labels
+from mipfast.model.likelihood import cross_entropy, log_probs
 from mipfast.model.patching import frozen_eval, unwrapped
 from mipfast.model.weights import check_weights
 
@@ -71,26 +73,42 @@ def relearned(model: Any, batches: Iterable[Batch], lr: float = 5e-4) -> Iterato
         torch.clear_autocast_cache()
 
 
-def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch], k: float = 0.2) -> dict[str, float]:
+def membership(
+    model: Any,
+    members: Iterable[Batch],
+    strangers: Iterable[Batch],
+    k: float = 0.2,
+    tokenizer: Any = None,
+    reference: Any = None,
+) -> dict[str, float]:
     """Membership inference: do the model's likelihoods tell what it was trained on from what it never saw?
 
-    A sample's likelihood is, by loss, the mean log-probability of its label tokens (Yeom et al., arXiv 1709.01604); by
-    min_k, that of the share k of them that are least likely, one at least (Shi et al., arXiv 2310.16789). For one-token
-    answers the two are the same.
+    A sample's likelihood is, of its label tokens,
+    - loss: the mean log-probability (Yeom et al., arXiv 1709.01604);
+    - min_k: that of the share k of them that are least likely, one at least (Shi et al., arXiv 2310.16789);
+    - min_k_plus_plus: the same of (log p - mu) / sigma, mu and sigma the mean and standard deviation of the whole
+      vocabulary's log-probabilities under the model's own distribution (Zhang et al., arXiv 2404.02936), sigma^2 at
+      least 1e-6 as in open-unlearning: where the model is sure there is no spread to divide by;
+    - zlib: loss / bytes of the zlib-compressed text (Carlini et al., arXiv 2012.07805);
+    - reference: loss - the reference model's (ibid.).
+    For one-token answers loss and min_k are the same.
 
     Args:
         model: a transformers model.
         members: batches of what it was trained on, as model(**batch) takes them, with labels.
         strangers: batches of what it never saw.
-        k: the share of min_k, in (0, 1].
+        k: the share of min_k and min_k_plus_plus, in (0, 1].
+        tokenizer: whose decode(ids, skip_special_tokens=True) gives the text of label tokens, for zlib.
+        reference: another model, which takes the same batches, for reference.
 
     Returns:
-        {"loss": AUC, "min_k": AUC} in percent, of "the member has the higher likelihood": 50 cannot be told apart, 100
-        always; below 50 the members stand out as unusually *un*likely. A model that never saw either need not be at
-        50: compare with a retrained one.
+        {"loss", "min_k", "min_k_plus_plus", with a tokenizer "zlib", with a reference "reference": AUC} in percent, of
+        "the member has the higher likelihood": 50 cannot be told apart, 100 always; below 50 the members stand out as
+        unusually *un*likely. A model that never saw either need not be at 50: compare with a retrained one.
 
     Raises:
-        InputError: for k outside (0, 1], a side without samples or one batch in the place of many.
+        InputError: for k outside (0, 1], a side without samples, one batch in the place of many, a tokenizer that
+            cannot decode or a reference that is no model.
         DivergedError: for likelihoods that are not finite.
         MipfastError: without scikit-learn.
 
@@ -102,32 +120,63 @@ def membership(model: Any, members: Iterable[Batch], strangers: Iterable[Batch],
         >>> model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2))
         >>> batch = {"input_ids": torch.tensor([[3, 5, 7]]), "labels": torch.tensor([[-100, -100, 7]])}
         >>> attacks.membership(model, [batch], [batch])
-        {'loss': 50.0, 'min_k': 50.0}
+        {'loss': 50.0, 'min_k': 50.0, 'min_k_plus_plus': 50.0}
     """
     for name, batches in (("members", members), ("strangers", strangers)):
         check_many(name, batches)
     if not isinstance(k, int | float) or not 0 < k <= 1:
         raise InputError(f"k={k!r}; expected a share of the label tokens in (0, 1]")
-    sides = [_likelihoods(model, batches, k) for batches in (members, strangers)]
-    return {name: 100 * metrics.auc(*(side[name] for side in sides)) for name in ("loss", "min_k")}
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}; expected one with decode, the model's own")
+    if reference is not None and not isinstance(reference, nn.Module):
+        raise InputError(f"reference is a {type(reference).__name__}; expected a model, loaded")
+    sides = []
+    for batches in map(list, (members, strangers)):
+        side = _likelihoods(model, batches, k, tokenizer)
+        if reference is not None:
+            known = _likelihoods(reference, batches, k, None, "reference")["loss"]
+            side["reference"] = [mine - its for mine, its in zip(side["loss"], known, strict=True)]
+        sides.append(side)
+    return {name: 100 * metrics.auc(*(side[name] for side in sides)) for name in sides[0]}
 
 
-def _likelihoods(model: Any, batches: Iterable[Batch], k: float) -> dict[str, list[float]]:
-    """{"loss", "min_k": the likelihood of every sample}."""
+def _likelihoods(
+    model: Any, batches: Iterable[Batch], k: float, tokenizer: Any, name: str = "model"
+) -> dict[str, list[float]]:
+    """{of `membership`'s names those that one model tells: the likelihood of every sample}."""
     model = unwrapped(model)
-    scores: dict[str, list[float]] = {"loss": [], "min_k": []}
+    scores: dict[str, list[float]] = {"loss": [], "min_k": [], "min_k_plus_plus": []}
+    if tokenizer is not None:
+        scores["zlib"] = []
     with frozen_eval(model), torch.no_grad():
         for batch in batches:
-            for tokens in token_nll(model, batch):
+            counts = find_labels(batch).mask.sum(1).tolist()
+            samples = (tensor.split(counts) for tensor in log_probs(model, batch))
+            for log_p, target in zip(*samples, strict=True):
+                tokens = F.nll_loss(log_p, target, reduction="none")
                 if not bool(tokens.isfinite().all()):
                     raise DivergedError(
                         f"sample {len(scores['loss'])} has label tokens of NLL {tokens.tolist()}; "
-                        "expected finite ones: check the model's weights and dtype"
+                        f"expected finite ones: check the {name}'s weights and dtype"
                     )
-                least = tokens.topk(max(1, int(k * len(tokens)))).values
+                share = max(1, int(k * len(tokens)))
                 scores["loss"].append(-tokens.mean().item())
-                scores["min_k"].append(-least.mean().item())
+                scores["min_k"].append(-tokens.topk(share).values.mean().item())
+                least = _standardised(log_p, tokens).topk(share, largest=False).values
+                scores["min_k_plus_plus"].append(least.mean().item())
+                if tokenizer is not None:
+                    text = tokenizer.decode(target.tolist(), skip_special_tokens=True)
+                    scores["zlib"].append(scores["loss"][-1] / len(zlib.compress(text.encode())))
     return scores
+
+
+def _standardised(log_p: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+    """(log p - mu) / sigma of T tokens [T], of log-probabilities [T,V]."""
+    p = log_p.exp()
+    log_p = log_p.where(p > 0, 0)  # 0 log 0 = 0: a model may rule words out
+    mu = (p * log_p).sum(-1)
+    variance = (p * (log_p - mu[:, None]).square()).sum(-1)
+    return (-nll - mu) / variance.clamp_min(1e-6).sqrt()
 
 
 @contextmanager

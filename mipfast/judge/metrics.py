@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,49 @@ def probability(nll: float) -> float:
         1.0
     """
     return math.exp(-nll)
+
+
+def exact_memorisation(token_hits: Sequence[bool]) -> float:
+    """The share of an answer's tokens that the model ranks first, the answer's earlier tokens given.
+
+    Tirumala et al., arXiv 2205.10770; open-unlearning's exact_memorization.
+
+    Args:
+        token_hits: whether each of the answer's tokens is ranked first, in order: an item of `Evaluation.token_hits`.
+
+    Raises:
+        InputError: for an answer without tokens.
+
+    Example:
+        >>> from mipfast import metrics
+        >>> metrics.exact_memorisation([True, False, True, True])
+        0.75
+    """
+    return fmean(_of_tokens(token_hits))
+
+
+def extraction_strength(token_hits: Sequence[bool]) -> float:
+    """1 - k / T: k of an answer's T tokens have to be given until greedy decoding writes exactly the rest.
+
+    The tokens ranked first, earlier ones given, say it without decoding: T - k is how many hits in a row stand at the
+    answer's end. Carlini et al., arXiv 2012.07805, for unlearning Wang et al., arXiv 2406.09179.
+
+    Args:
+        token_hits: whether each of the answer's tokens is ranked first, in order: an item of `Evaluation.token_hits`.
+
+    Returns:
+        1 where the prompt is enough; 0 where the last token is wrong however much is given.
+
+    Raises:
+        InputError: for an answer without tokens.
+
+    Example:
+        >>> from mipfast import metrics
+        >>> metrics.extraction_strength([True, False, True, True])
+        0.5
+    """
+    hits = _of_tokens(token_hits)
+    return next((i for i, hit in enumerate(reversed(hits)) if not hit), len(hits)) / len(hits)
 
 
 def normalised_probability(true: float, wrong: Sequence[float]) -> float:
@@ -292,6 +336,12 @@ def retention(vanilla: float, now: float) -> float:
         75.0
     """
     return 100 * now / vanilla if vanilla else math.nan
+
+
+def _of_tokens(token_hits: Sequence[bool]) -> list[bool]:
+    if not len(token_hits):
+        raise InputError("memorisation is of an answer's tokens; found none, expected at least one")
+    return list(token_hits)
 
 
 @cache

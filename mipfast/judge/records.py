@@ -32,7 +32,8 @@ T = TypeVar("T")
 
 CHUNK = 64  # records a file: enough to sort by length, few enough that a stop loses little
 COPIED = ("id", "group", "modality", "task", "prompt", "target", "answer")  # from a record into its row
-SAID = ("text", "nll", "nll_options", "nll_paraphrase", "nll_perturbed")
+SAID = ("text", "nll", "token_hits", "nll_options", "nll_paraphrase", "nll_perturbed")
+ADDED: dict[str, Any] = {"token_hits": []}  # what folders of before lack
 CHOICE_TOKENS = 8  # only the first character counts; a model that forgot to stop would write on to the limit
 ROW_FILES = "rows-*.jsonl"
 PREFIX = "MIPFAST"  # of the files of Judgement.save
@@ -46,7 +47,8 @@ class Judgement:
         >>> import math
         >>> from mipfast.evaluation import Judgement
         >>> row = {"id": "7", "group": "forget_5", "modality": "text", "task": "cloze", "answer": "Oslo"}
-        >>> row |= {"text": "in Oslo", "nll": math.log(2), "nll_options": [], "nll_paraphrase": [], "nll_perturbed": []}
+        >>> row |= {"text": "in Oslo", "nll": math.log(2), "token_hits": [True, False]}
+        >>> row |= {"nll_options": [], "nll_paraphrase": [], "nll_perturbed": []}
         >>> judged = Judgement([row], facts={})
         >>> judged.summary["forget_5/text/cloze/accuracy"], judged.scores["forget_5/text/cloze/probability"]
         (1.0, {'7': 0.5})
@@ -54,8 +56,9 @@ class Judgement:
 
     rows: list[dict[str, Any]]
     """One per record, in their order, as its JSON has it: id, group, modality, task, prompt, target, answer; text: what
-    the model wrote; nll: of the target, mean per token; nll_options, nll_paraphrase (none or one), nll_perturbed: lists
-    of the same. null stands for a log-likelihood that is nan or infinite."""
+    the model wrote; nll: of the target, mean per token; token_hits: whether the model ranks each of the target's tokens
+    first, the earlier ones given, empty in folders of before; nll_options, nll_paraphrase (none or one), nll_perturbed:
+    lists of NLLs. null stands for a log-likelihood that is nan or infinite."""
     facts: dict[str, Any]
     """Config, number of records, versions."""
 
@@ -146,8 +149,8 @@ def evaluate_records(
         >>> record = Record("7", "pets", "text", "cloze", "Name the pet __", "dog")
         >>> folder = tempfile.mkdtemp()
         >>> judged = evaluate_records(load_model(demo), Encoder.from_pretrained(demo), [record], folder)
-        >>> sorted(judged.summary)
-        ['pets/text/cloze/accuracy', 'pets/text/cloze/exact_match', 'pets/text/cloze/probability']
+        >>> sorted(name.split("/")[-1] for name in judged.summary)
+        ['accuracy', 'exact_match', 'exact_memorisation', 'extraction_strength', 'probability']
         >>> read_records(folder).rows == judged.rows
         True
     """
@@ -222,24 +225,26 @@ class _Runner:
 
     def probe(self, record: Record) -> float | None:
         """The record's NLL, alone in its batch, to two digits: enough to see an edit, too few to see rounding."""
-        value = _finite(self._each([record], self._nll)[0][0])
+        value = _finite(self._each([record], self._nll)[0][0][0])
         return value if value is None else round(value, 2)
 
     def rows(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """As `Judgement.rows`."""
         answers = [_answers(record) for record in records]
-        nlls = iter(self._each([answer for some in answers for answer in some], self._nll))
+        likely = iter(self._each([answer for some in answers for answer in some], self._nll))
         with self._greedy():
             texts = self._each(records, self._write)
         rows = []
         for record, some, text in zip(records, answers, texts, strict=True):
-            (nll, *options), *others = [[_finite(value) for value in next(nlls)] for _ in some]
+            nlls, hits = zip(*(next(likely) for _ in some), strict=True)
+            (nll, *options), *others = [[_finite(value) for value in values] for values in nlls]
             paraphrases = len(others) - len(record.perturbed) if others else 0
             rows.append(
                 {name: getattr(record, name) for name in COPIED}
                 | {
                     "text": text,
                     "nll": nll,
+                    "token_hits": hits[0],
                     "nll_options": options,
                     "nll_paraphrase": [value for (value,) in others[:paraphrases]],
                     "nll_perturbed": [value for (value,) in others[paraphrases:]],
@@ -278,9 +283,9 @@ class _Runner:
                 raise InputError(f"{name} alone does not fit into memory; shorten it, or its picture") from error
             return None
 
-    def _nll(self, records: list[Record]) -> list[list[float]]:
-        """-1/T sum_t log p(target_t), and of a choice -log p of every option's letter: one forward, logits from the
-        first label on."""
+    def _nll(self, records: list[Record]) -> list[tuple[list[float], list[bool]]]:
+        """(-1/T sum_t log p(target_t), and of a choice -log p of every option's letter; which target_t are ranked
+        first): one forward, logits from the first label on."""
         batch, labels = read_batch(self.model, self.encoder.batch(records))
         batch = self._inputs(batch)
         length = batch["labels"].shape[1]
@@ -295,7 +300,11 @@ class _Runner:
         nlls = (losses.sum(1) / mask.sum(1))[:, None]
         if records[0].task == "choice":
             nlls = torch.cat([nlls, total[:, :1] - scored[:, 0, self._letters(records)]], 1)
-        return [row[: 1 + len(record.options)] for row, record in zip(nlls.tolist(), records, strict=True)]
+        first = scored.argmax(-1) == target
+        return [
+            (row[: 1 + len(record.options)], hits[seen].tolist())
+            for row, hits, seen, record in zip(nlls.tolist(), first, mask, records, strict=True)
+        ]
 
     def _letters(self, records: list[Record]) -> torch.Tensor:
         """The first token of each letter that an option has; without a picture, which is slow to encode."""
@@ -368,6 +377,10 @@ def _scores(row: dict[str, Any]) -> dict[str, float]:
         f, recall = metrics.rouge_l(text, answer)
         scores |= {"rouge_l": f, "rouge_l_recall": recall, "bleu": metrics.bleu(text, answer)}
         scores |= {"exact_match": metrics.exact_match(text, answer)}
+    if row["task"] != "choice" and (hits := row["token_hits"]):
+        known = math.nan if math.isnan(nll) else 1  # nan is ranked somewhere, too
+        scores["exact_memorisation"] = known * metrics.exact_memorisation(hits)
+        scores["extraction_strength"] = known * metrics.extraction_strength(hits)
     if wrong:
         scores["normalised_probability"] = metrics.normalised_probability(nll, wrong)
     if row["nll_perturbed"]:
@@ -429,19 +442,20 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [parse_json(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-        if not all(isinstance(row, dict) and row.keys() == {*COPIED, *SAID} for row in rows):
+        if not all(isinstance(row, dict) and (ADDED | row).keys() == {*COPIED, *SAID} for row in rows):
             raise ValueError(f"expected rows of {', '.join((*COPIED, *SAID))}")
-        return rows
+        return [ADDED | row for row in rows]
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); remove it and run the same evaluation again") from error
 
 
 def _is_whole(path: Path, records: Sequence[Record]) -> bool:
-    """Whether a file has the rows of these records; what is damaged is asked again."""
+    """Whether a file has the rows of these records; what is damaged, or lacks what is ADDED, is asked again."""
     if not path.exists():
         return False
     try:
-        return [row["id"] for row in _read_rows(path)] == [record.id for record in records]
+        rows = _read_rows(path)
+        return all(row["token_hits"] for row in rows) and [row["id"] for row in rows] == [r.id for r in records]
     except ArtefactError as error:
         log.warning("%s: done here", error)
         return False
