@@ -104,16 +104,14 @@ def _subject(batch: Batch, labels: Labels, seen: torch.Tensor, steps: torch.Tens
             f"positions='subject' asks for the batch's subject, found {found}; {expected}: of records that have a "
             "subject, Encoder.batch(records, subject=True) makes it"
         )
-    subject, last = given != 0, labels.index.where(labels.mask, 0).amax(1, keepdim=True)
+    subject, last = (given != 0).to(seen.device), labels.index.where(labels.mask, 0).amax(1, keepdim=True)
     wrong = {
-        "is empty": ~subject.any(1),
-        "lies where their attention_mask is 0": (subject & ~seen).any(1),
-        "lies behind the position that predicts their last label, which it cannot influence": (
-            subject & (steps > last)
-        ).any(1),
+        "is empty": ~subject.any(1, keepdim=True),
+        "lies where their attention_mask is 0": subject & ~seen,
+        "lies behind the position that predicts their last label, which it cannot influence": subject & (steps > last),
     }
     for what, where in wrong.items():
-        if samples := where.nonzero().flatten().tolist():
+        if samples := where.any(1).nonzero().flatten().tolist():
             raise InputError(f"positions='subject': the subject of samples {samples} {what}; {expected}")
     return subject
 
