@@ -153,15 +153,13 @@ def test_a_subject_is_scored_as_its_indices_are(llama, padding, settings):
     expected = mipfast.locate(llama, batch, positions=indices, **settings)
     assert torch.equal(found.scores, expected.scores) and torch.equal(found.path, expected.path)
     assert found.report["residuals"] == expected.report["residuals"]
-    counting = given | {"subject": given["subject"].int()}
-    assert torch.equal(mipfast.locate(llama, counting, positions="subject", **settings).scores, found.scores)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_subjects_of_unequal_length(llama, padding):
     """Against the reference, which knows indices alone, and one by one."""
-    batch = text_batch(llama, [9, 12, 7, 8], [2, 3, 1, 2], padding, seed=3)
-    given = marked(batch, (2, 5), (8, 9), (0, 2), (3, 5))
+    batch = text_batch(llama, [9, 12, 7], [2, 3, 1], padding, seed=3)
+    given = marked(batch, (2, 5), (8, 9), (0, 2))
     settings = dict(positions="subject", n_steps=2, residuals="all")
     found = mipfast.locate(llama, given, **settings)
     in_halves = mipfast.locate(llama, given, memory_budget=1, **settings)
