@@ -7,7 +7,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from tiny import FIRST_WORD, PAD, image_batch, text_batch, tiny_llama, tiny_qwen_vl
+from tiny import FIRST_WORD, PAD, image_batch, marked, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import DivergedError, InputError, ModelError
 from mipfast.judge import attacks
@@ -205,8 +205,9 @@ def test_quantised_gives_back_the_bits_after_an_error():
 
 def rewritten(batch, tokens, at, padding):
     """Every sample written out as a list, the tokens put in, and padded again."""
-    added = {"input_ids": tokens, "attention_mask": [1] * 3, "labels": [-100] * 3, "mm_token_type_ids": [0] * 3}
-    pads = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+    added = {"input_ids": tokens, "attention_mask": [1] * 3, "labels": [-100] * 3}
+    added |= {"mm_token_type_ids": [0] * 3, "subject": [False] * 3}
+    pads = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0, "subject": False}
     result = {}
     for name in added.keys() & batch.keys():
         rows = [row[mask.bool()].tolist() for row, mask in zip(batch[name], batch["attention_mask"], strict=True)]
@@ -221,7 +222,7 @@ def rewritten(batch, tokens, at, padding):
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_prefixed_is_the_batch_of_the_longer_prompt(padding, at):
     model, tokens = tiny_qwen_vl(), [7, 9, 8]
-    batch = text_batch(model, [9, 6, 8], [2, 1, 3], padding)
+    batch = marked(text_batch(model, [9, 6, 8], [2, 1, 3], padding), (0, 2), (3, 4), (1, 2))
     found, truth = prefixed(batch, tokens, at), rewritten(batch, tokens, at, padding)
     positions = (truth["attention_mask"].cumsum(-1) - 1).clamp_min(0).expand(3, -1, -1)
     truth["position_ids"] = positions

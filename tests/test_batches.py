@@ -92,12 +92,13 @@ def samples(draw):
 def padded(rows, side):
     longest = max(len(tokens) for tokens, *_ in rows)
     ids = torch.full((len(rows), longest), tiny.PAD)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    mask, labels, subject = torch.zeros_like(ids), torch.full_like(ids, -100), torch.zeros_like(ids)
     for i, (tokens, start, stop) in enumerate(rows):
         at = longest - len(tokens) if side == "left" else 0
         ids[i, at : at + len(tokens)], mask[i, at : at + len(tokens)] = torch.tensor(tokens), 1
         labels[i, at + start : at + stop] = ids[i, at + start : at + stop]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        subject[i, at + start // 3 : at + start // 2 + 1] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "subject": subject}
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -108,7 +109,7 @@ def padded(rows, side):
     dtype=st.sampled_from(list(TOLERANCES)),
     name=st.sampled_from(["llama", "gpt2"]),
     wrap=st.booleans(),
-    positions=st.sampled_from(["last_prompt", "answer", "prompt", "all", "first"]),
+    positions=st.sampled_from(["last_prompt", "answer", "prompt", "all", "first", "subject"]),
 )
 def test_scores_do_not_depend_on_the_batch(rows, side, batch_size, dtype, name, wrap, positions):
     model = model_of(name, dtype, wrap)
@@ -262,6 +263,18 @@ def test_every_entry_point_refuses_what_is_no_batch(door, tmp_path):
             DOORS[door](batch, tmp_path)
             raise AssertionError(f"{door} took {name}")
     assert all(torch.equal(p, before[name]) for name, p in MODEL.state_dict().items())
+
+
+@pytest.mark.parametrize("door", sorted(DOORS.keys() - {"evaluate_records"}))  # which asks its encoder for none
+def test_no_entry_point_gives_the_model_a_subject(door, tmp_path):
+    """The same weights with and without it."""
+    before = {name: p.clone() for name, p in MODEL.state_dict().items()}
+    after, other = [], text_batch(MODEL, [9, 7], [2, 1], seed=5)
+    for batch in (other, tiny.marked(other, (1, 3), (4, 5))):
+        DOORS[door](batch, tmp_path)
+        after.append({name: p.clone() for name, p in MODEL.state_dict().items()})
+        MODEL.load_state_dict(before)
+    assert all(torch.equal(p, after[1][name]) for name, p in after[0].items())
 
 
 def test_more_tokens_than_positions_are_refused():

@@ -112,7 +112,7 @@ def chosen(**more):
 
 BATCH = r"expected what model\(\*\*batch\) takes, tensors by name, with labels"
 THEIR_OWN = "make all three with the model's own processor"
-POSITIONS = "expected last_prompt, answer, first, prompt, all, or indices"
+POSITIONS = "expected last_prompt, answer, first, prompt, all, subject, or indices"
 
 KINDS = {  # name: (what is done, what the message says was found, what it says to do)
     # batches

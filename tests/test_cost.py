@@ -50,6 +50,14 @@ def test_by_hand():
     assert found.seconds["capture"] == pytest.approx(4 + 4 + 1.4)
 
 
+def test_a_subject_is_counted_from_the_sample_s_first_token_on():
+    costs = [
+        total(estimate(QWEN_3B, prompt=20, answer=4, config=LocateConfig(positions=at)).flops)
+        for at in ("last_prompt", [12], [0], "subject")
+    ]
+    assert costs == sorted(costs) and costs[1] < costs[2] == costs[3]
+
+
 def test_samples_batches_and_devices():
     sizes = {"prompt": 104, "answer": 24}
     one = estimate(QWEN_3B, **sizes)

@@ -121,7 +121,8 @@ def test_picture_questions_in_text_name_the_person(mllmu):
     assert len(texts) == len(records) - 1 and {record.modality for record in texts} == {"text"}
     for text, record in zip(texts, records, strict=False):
         name = names[record.id.split("/")[0]]
-        assert name in text.question and text.question.replace(name, "this person") == record.question
+        assert text.subject == name in text.question and not record.subject
+        assert text.question.replace(name, "this person") == record.question
     with pytest.raises(InputError, match="is of person 1, who has no name; names has 0"):
         without_pictures(records, {})
 
@@ -175,6 +176,22 @@ def test_clear_options_with_and_without_picture_question_and_truth(clear, tmp_pa
     asked, choice = sound(load(tmp_path, "real_world"))
     assert asked.modality == choice.modality == "text"
     assert set(asked.perturbed) == {"Lima"} and sorted(choice.options) == ["Lima", "Oslo"]
+
+
+def test_a_column_of_subjects_is_read_in_every_schema(tmp_path):
+    row = {"question": "Where is Oslo", "answer": "Norway", "options": ["Norway", "Peru"], "subject": "Oslo"}
+    columns = {**twins.REAL_WORLD, "subject": twins.pa.string()}
+    twins.write(tmp_path / "real_world", columns, [row, row | {"subject": None}])
+    assert [record.subject for record in load(tmp_path, "real_world")] == ["Oslo", "Oslo", "", ""]
+    twins.write(
+        tmp_path / "train",
+        {**twins.TRAINING, "subject": twins.pa.string()},
+        [twins.training_row(0) | {"subject": "she"}],
+    )
+    assert {record.subject for record in load(tmp_path, "train")} == {"she"}
+    twins.write(tmp_path / "empty", columns, [row | {"subject": " "}])
+    with pytest.raises(InputError, match="row 0, column subject: found ' '; expected a text that is not empty"):
+        load(tmp_path, "empty")
 
 
 # ------------------------------------------------------------------------------------------- finding and fetching

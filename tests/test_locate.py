@@ -11,6 +11,7 @@ from slow_reference import quadrature, slow_locate
 from tiny import (
     FIRST_WORD,
     image_batch,
+    marked,
     split,
     text_batch,
     tiny_llama,
@@ -134,6 +135,78 @@ def test_text_positions_and_objectives(llama, llama_batch, positions, objective)
 def test_text_left_padding(llama, positions):
     batch = text_batch(llama, [9, 12, 6], [2, 1, 3], "left", seed=3)
     same(llama, batch, positions=positions, n_steps=2)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(search="pointwise"), dict(score="ifi"), dict(combine="product")],
+    ids=str,
+)
+def test_a_subject_is_scored_as_its_indices_are(llama, padding, settings):
+    """Bit for bit."""
+    batch = text_batch(llama, [9, 12, 7], [2, 3, 1], padding, seed=3)
+    length = 1 if settings.get("combine") == "product" else 2
+    given = marked(batch, *((start, start + length) for start in (2, 5, 0)))
+    indices = given["subject"].nonzero()[:, 1].view(3, length)
+    found = mipfast.locate(llama, given, positions="subject", **settings)
+    expected = mipfast.locate(llama, batch, positions=indices, **settings)
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.path, expected.path)
+    assert found.report["residuals"] == expected.report["residuals"]
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_subjects_of_unequal_length(llama, padding):
+    """Against the reference, which knows indices alone, and one by one."""
+    batch = text_batch(llama, [9, 12, 7], [2, 3, 1], padding, seed=3)
+    given = marked(batch, (2, 5), (8, 9), (0, 2))
+    settings = dict(positions="subject", n_steps=2, residuals="all")
+    found = mipfast.locate(llama, given, **settings)
+    in_halves = mipfast.locate(llama, given, memory_budget=1, **settings)
+    torch.testing.assert_close(in_halves.scores, found.scores, rtol=1e-5, atol=1e-7)
+    truth = []
+    for i, own in enumerate(given["subject"]):
+        at = own.nonzero()[:, 0].tolist()
+        truth.append(slow_locate(llama, split(batch, i, keep_padding=True), positions=at, n_steps=2))
+        alone = mipfast.locate(llama, split(given, i), positions="subject", n_steps=2)
+        torch.testing.assert_close(alone.scores[0], found.scores[i], rtol=1e-5, atol=1e-7)
+    compare(found, [torch.cat(parts) for parts in zip(*truth, strict=True)])
+
+
+def test_a_subject_beside_pictures_and_counterfactuals(qwen, llama):
+    batch = image_batch(qwen, 2, 7)
+    given = marked(batch, (-5, -3), (-6, -4))
+    indices = given["subject"].nonzero()[:, 1].view(2, 2)
+    found = mipfast.locate(qwen, given, positions="subject", n_steps=1)
+    assert torch.equal(found.scores, mipfast.locate(qwen, batch, positions=indices, n_steps=1).scores)
+    one, others = (text_batch(llama, [9, 9], [2, 2], None, seed=seed) for seed in (0, 1))
+    spans, indices = ((1, 3), (4, 6)), torch.tensor([[1, 2], [4, 5]])
+    known, plain = dict(counterfactuals=marked(others, *spans)), dict(counterfactuals=others)
+    found = mipfast.locate(llama, marked(one, *spans), positions="subject", n_steps=2, **known)
+    assert torch.equal(found.scores, mipfast.locate(llama, one, positions=indices, n_steps=2, **plain).scores)
+
+
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        (lambda m: None, "asks for the batch's subject, found none; expected a bool or int tensor \\[2, 12\\]"),
+        (lambda m: m[:, 1:], "found a torch.bool one \\[2, 11\\]; expected"),
+        (lambda m: m.float(), "found a torch.float32 one \\[2, 12\\]; expected"),
+        (lambda m: m & torch.tensor([[True], [False]]), "the subject of samples \\[1\\] is empty; expected"),
+        (lambda m: m.roll(7, 1), "the subject of samples \\[0\\] lies where their attention_mask is 0; expected"),
+        (
+            lambda m: m | (torch.arange(12) == 8),
+            "samples \\[0\\] lies behind the position that predicts their last label",
+        ),
+    ],
+    ids=["none", "shape", "dtype", "empty", "padding", "behind"],
+)
+def test_a_subject_that_cannot_be_used_is_named_before_anything_runs(llama, llama_batch, mark, says):
+    given = marked(llama_batch, (2, 4), (3, 4))
+    given["subject"] = mark(given["subject"])
+    with llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran")):
+        with pytest.raises(mipfast.InputError, match=f"batch 0: positions='subject'.*{says}"):
+            mipfast.locate(llama, given, positions="subject")
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

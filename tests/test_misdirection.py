@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, Float64, build, pictures, text
-from tiny import image_batch, text_batch, tiny_llama, tiny_qwen_vl
+from tiny import image_batch, marked, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import NeuronPath, RMisUConfig, find_sites, hidden_states, misdirect, prune, rmisu_loss, steering_target
 from mipfast.errors import DivergedError, InputError
@@ -218,6 +218,17 @@ def test_hidden_states_of_a_stopped_and_shortened_pass_are_those_of_a_whole_one(
     whole = model(**inputs, output_hidden_states=True).hidden_states
     for layer in (0, 1):
         torch.testing.assert_close(found[layer], whole[layer + 1].flatten(0, 1)[rows], rtol=1e-9, atol=1e-12)
+
+
+def test_a_subject_is_steered_as_its_indices_are():
+    after = []
+    for positions in ("subject", [2, 3]):
+        model, *sides = llama()
+        forget, retain = ([marked(batch, (2, 4), (2, 4)) for batch in side] for side in sides)
+        report = misdirect(model, path_of(model), forget, retain, layer=2, steps=2, positions=positions)
+        after.append((report["forget_loss"], model.state_dict()))
+        assert torch.equal(hidden_states(model, forget[0], 1, "subject"), hidden_states(model, forget[0], 1, [2, 3]))
+    assert after[0][0] == after[1][0] and all(torch.equal(p, after[1][1][name]) for name, p in after[0][1].items())
 
 
 def test_tokens_that_no_chosen_position_sees_are_not_run():

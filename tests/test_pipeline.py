@@ -276,6 +276,27 @@ def test_the_stages_do_what_the_library_does(mllmu, demo, tmp_path):
     assert same(model.state_dict(), weights(tmp_path / "unlearn" / "model"))
 
 
+def test_a_run_at_the_subject(demo, tmp_path):
+    """Of tables that have such a column; a record without one is named before anything is located."""
+    asked = {"answer": "dog", "options": ["dog", "cat"], "subject": "Olga Voss"}
+    rows = [asked | {"question": f"{word} pet has Olga Voss ?"} for word in ("Which", "What")]
+    for table, some in (("one", rows[:1]), ("other", rows[1:]), ("without", [rows[0] | {"subject": None}])):
+        twins.write(tmp_path / table, {**twins.REAL_WORLD, "subject": twins.pa.string()}, some)
+    rmisu = RMisUConfig(positions="subject", steps=1)
+
+    def run(retain, text):
+        where = Data(str(tmp_path), {"forget": ["one"], "retain": [retain]})
+        stage = UnlearnStage(text=text, vision=None, rmisu=rmisu, data=where)
+        return pipeline.unlearn_folder(str(demo), stage, tmp_path / "out" / retain, pipeline.Where(device="cpu"))
+
+    with pytest.raises(InputError, match="record 0/qa of without: it has no subject"):
+        run("without", LocateConfig(n_steps=1))
+    assert not (tmp_path / "out" / "without" / "locate").exists()
+    report = run("other", LocateConfig(n_steps=1, positions="subject"))
+    used = [report["misdirect"], report["locate"]["forget-text"], report["locate"]["retain-text"]]
+    assert [one["config"]["positions"] for one in used] == ["subject"] * 3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_command_on_a_folder_of_random_weights(mllmu, tmp_path, family):
     base = twins.write_family(tmp_path / "base", family)

@@ -2,6 +2,7 @@
 nothing."""
 
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 import mipfast
 from mipfast import InputError
 from mipfast.data import Picture, Record, checkpoint, load
-from mipfast.data.encoder import Encoder, in_batches
+from mipfast.data.encoder import Batches, Encoder, in_batches
 from mipfast.experiment import locate_file
 
 FAMILIES = ("llava", "qwen3-vl", "demo")
@@ -118,6 +119,79 @@ def test_the_boundary_is_one_between_tokens(folders):
     encoder = Encoder(tokenizer, None, Encoder.from_pretrained(folders["demo"]).config)
     batch = encoder.batch([Record("1", "x", "text", "generation", "ab", "c")])
     assert batch["input_ids"].tolist() == [[0, 1, 2]] and batch["labels"].tolist() == [[-100, -100, 2]]
+
+
+# ------------------------------------------------------------------------------------------- whom a question is about
+
+
+def about(question, subject="Olga Voss", image=None, **more):
+    return Record("7", "set", "image" if image else "text", "generation", question, "dog", image=image, subject=subject)
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_subject_s_tokens_are_found_where_it_stands_last_in_the_question(folders, name, template):
+    encoder = Encoder.from_pretrained(folders[name])
+    if not template:
+        encoder.tokenizer.chat_template = None
+        if encoder.processor:
+            encoder.processor.chat_template = None
+    words = encoder.tokenizer("Olga Voss", add_special_tokens=False)["input_ids"]
+    assert len(words) == 2 and encoder.tokenizer.unk_token_id not in words
+    records = [
+        about("Olga Voss has which pet ?"),
+        about(" Is Olga Voss like Olga Voss ?\n"),
+        about("Name the pet of Olga Voss", image=portrait((90, 60))),
+        replace(about("Which pet has Olga Voss ?"), task="choice", options=("dog", "Olga Voss"), answer="dog"),
+    ]
+    batch = encoder.batch(records, subject=True)
+    assert batch["subject"].dtype == torch.bool and batch["subject"].shape == batch["labels"].shape
+    for ids, marks, record in zip(batch["input_ids"], batch["subject"], records, strict=True):
+        assert ids[marks].tolist() == words
+        places = [i for i in range(len(ids) - 1) if ids[i : i + 2].tolist() == words]
+        asked = record.question.count("Olga Voss")
+        assert len(places) == asked + (record.task == "choice")
+        assert marks.nonzero()[:, 0].tolist() == [places[asked - 1], places[asked - 1] + 1]
+    pictured = [Batches(encoder, records, 4, "cpu", subject=marked)[1] for marked in (True, False)]
+    assert pictured[0]["subject"].sum() == 2 and pictured[0].keys() - pictured[1].keys() == {"subject"}
+    rows = [encoder.encode(record, subject=True) for record in records]
+    assert torch.equal(encoder.batch(rows)["subject"], batch["subject"])
+    assert "subject" not in encoder.batch(records) | encoder.prompts(rows)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("template", [None, "Zoë says Ångström: {{ messages[0].content }} Zoë Ångström !"])
+def test_a_subject_of_many_tokens_and_of_letters_of_several_bytes(folders, template, trim):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.post_processor = processors.ByteLevel(trim_offsets=trim)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(["Where was Zoë born ? In which town ?"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="!", eos_token="?", chat_template=template)
+    encoder = Encoder(tokenizer, None, Encoder.from_pretrained(folders["demo"]).config)
+    for question in ("Where was Zoë Ångström born?", "Zoë Ångström, or Zoë Ångström", "Is Rome Zoë Ångström's"):
+        row = encoder.encode(about(question, "Zoë Ångström "), subject=True)
+        assert len(row.subject) > 4 and row.subject == list(range(row.subject[0], row.subject[-1] + 1))
+        assert tokenizer.decode([row.prompt[i] for i in row.subject]).strip() == "Zoë Ångström"
+        before, _, after = question.rpartition("Zoë Ångström")
+        assert tokenizer.decode(row.prompt[: row.subject[0]]).endswith(before.strip())
+        assert tokenizer.decode(row.prompt[row.subject[-1] + 1 :]).startswith(after)
+
+
+def test_a_subject_that_is_not_found_is_named(folders):
+    from transformers import ByT5Tokenizer
+
+    encoder = Encoder.from_pretrained(folders["demo"])
+    for subject, says in (("", "it has no subject; expected the words"), ("Rome", "its subject 'Rome' is not in 'Who")):
+        assert "subject" not in encoder.batch([about("Who is it ?", subject)])
+        with pytest.raises(InputError, match=f"record 7 of set: {says}"):
+            encoder.batch([about("Who is it ?", subject)], subject=True)
+    with pytest.raises(InputError, match="record 7 of set: ByT5Tokenizer does not tell .*; expected a fast tokenizer"):
+        Encoder(ByT5Tokenizer(), None, encoder.config).batch([about("Who is Olga Voss ?")], subject=True)
 
 
 # --------------------------------------------------------------------------------------------------- the models

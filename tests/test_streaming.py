@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +123,39 @@ def test_text_equals_locate_in_the_file_s_order(llama, text_file, tmp_path):
         if measured := found.report["residuals"][i]:
             assert measured == pytest.approx(alone.report["residuals"][0], abs=1e-3)
     assert found.scores.shape == (20, 4, 48) and i == 19
+
+
+def test_subjects_of_a_file(llama, text_file, tmp_path):
+    """Pairs of words, against explicit positions: through Python, and through the command line."""
+    rows, places = [json.loads(line) for line in text_file.read_text().splitlines()[:10]], []
+    for i, row in enumerate(rows):
+        words = row["prompt"].split()
+        pairs = list(zip(words, words[1:], strict=False))
+        row["subject"] = " ".join(pairs[i % len(pairs)])
+        places.append(len(pairs) - 1 - pairs[::-1].index(pairs[i % len(pairs)]))
+    data, config = write(tmp_path, rows), LocateConfig(positions="subject", search="pointwise", n_steps=2)
+    found = run(llama, data, tmp_path / "out", config)
+    model, encoder = load(llama)
+    for sample, scores, at in zip(read_lines(data), found.scores, places, strict=True):
+        alone = mipfast.locate(model, encoder.batch([sample]), replace(config, positions=[at, at + 1])).scores[0]
+        torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5 * alone.abs().max())
+    options = "--positions subject --search pointwise --n-steps 2 --dtype float32 --device cpu --batch-size 4"
+    result = command("--model", llama, "--data", data, "--out", tmp_path / "again", *options.split())
+    assert result.exit_code == 0, result.output
+    assert same(locate_file.read(tmp_path / "again"), found)
+
+
+def test_a_line_without_the_subject_that_positions_need(llama, tmp_path, monkeypatch):
+    rows = [{"prompt": "who is the king", "answer": "a", "subject": "the king"}, {"prompt": "who", "answer": "a"}]
+    data = write(tmp_path, [*rows, rows[1] | {"subject": None}])
+    assert [record.subject for record in read_lines(data)] == ["the king", "", ""]
+    run(llama, data, tmp_path / "plain", LocateConfig(n_steps=1))
+    monkeypatch.setattr(locate_file, "locate", None)
+    with pytest.raises(InputError, match="data.jsonl, line 2: it has no subject; expected the words of the question"):
+        run(llama, data, tmp_path / "out", LocateConfig(positions="subject"))
+    data = write(tmp_path, [rows[0] | {"subject": "the queen"}])
+    with pytest.raises(InputError, match="line 1: its subject 'the queen' is not in 'who is the king'; expected words"):
+        run(llama, data, tmp_path / "out", LocateConfig(positions="subject"))
 
 
 @pytest.mark.parametrize("modality", ["text", "vision"])
@@ -338,6 +372,8 @@ def test_a_damaged_folder_is_refused(llama, text_file, tmp_path):
         ("[1]", "found list instead of an object"),
         ({"prompt": "who"}, "found keys prompt"),
         ({"prompt": "who", "answer": "a", "picture": "x.png"}, "found keys prompt, answer, picture"),
+        ({"prompt": "who", "answer": "a", "subject": " "}, "found subject=' '; it must be a text"),
+        ({"prompt": "who", "answer": "a", "subject": 3}, "found subject=3; it must be a text"),
         ({"prompt": "who", "answer": 3}, "found answer=3"),
         ({"prompt": " ", "answer": "a"}, "found prompt=' '"),
         ({"prompt": "who", "answer": "a", "image": "x.png"}, "there is no image .*x.png"),

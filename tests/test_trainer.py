@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import text_batch, tiny_llama
+from tiny import marked, text_batch, tiny_llama
 from transformers import TrainerCallback, TrainingArguments
 
 from mipfast import (
@@ -39,7 +39,7 @@ class InOrder(RMisUTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(model, path, pairs, folder, rmisu=None, callbacks=(), **arguments):
+def trainer(model, path, pairs, folder, rmisu=None, callbacks=(), collator=lambda examples: examples[0], **arguments):
     given = dict(max_steps=len(pairs), learning_rate=LR, lr_scheduler_type="constant", optim="adamw_torch")
     given |= dict(per_device_train_batch_size=1, max_grad_norm=0.0, save_strategy="no", logging_steps=1)
     args = TrainingArguments(folder, report_to=[], disable_tqdm=True, use_cpu=True, seed=0, **given | arguments)
@@ -51,13 +51,27 @@ def trainer(model, path, pairs, folder, rmisu=None, callbacks=(), **arguments):
         path=path,
         rmisu=config,
         train_dataset=dataset,
-        data_collator=lambda examples: examples[0],
+        data_collator=collator,
         callbacks=list(callbacks),
     )
 
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_subject_passes_through_transformers_collator(tmp_path):
+    after = []
+    for positions in ("subject", [2, 3]):
+        model, path, *sides = case()
+        examples = [[marked(batch, (2, 4), (2, 4)) for batch in side] for side in sides]
+        pairs = [
+            [{name: value[0] for name, value in one.items()} for one in pair] for pair in zip(*examples, strict=True)
+        ]
+        done = trainer(model, path, pairs, tmp_path, RMisUConfig(layer=2, positions=positions), collator=None)
+        done.train()
+        after.append(weights(model))
+    assert all(torch.equal(p, after[1][name]) for name, p in after[0].items())
 
 
 @pytest.mark.parametrize("pruned", [False, True])

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny import image_batch, text_batch, tiny_llama, tiny_moe, tiny_qwen_vl
+from tiny import image_batch, marked, text_batch, tiny_llama, tiny_moe, tiny_qwen_vl
 
 from mipfast import (
     InputError,
@@ -92,6 +92,18 @@ def test_bad_batches_and_settings_are_named(change, overrides, says):
     model = tiny_llama()
     with pytest.raises(MipfastError, match=says):
         locate(model, change(text_batch(model, [9, 8], [1, 2])), **overrides)
+
+
+def test_a_subject_that_is_missing_is_named_before_anything_runs():
+    model = tiny_llama()
+    batch = text_batch(model, [9, 8], [1, 2])
+    retain, steered = [marked(batch, (0, 2), (3, 4)), batch], dict(rmisu=RMisUConfig(positions="subject"))
+    with model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran")):
+        with pytest.raises(InputError, match="retain batch 1: positions='subject' asks for the batch's subject"):
+            unlearn(model, retain[:1], retain, **steered)
+    how = LocateConfig(n_steps=1, positions="subject")
+    report = unlearn(model, retain[:1], retain[:1], text=how, **steered)
+    assert report["misdirect"]["config"]["positions"] == "subject"
 
 
 def test_nothing_to_locate_on():

@@ -28,7 +28,7 @@ PAD, BOS, EOS, VISION_START, VISION_END, IMAGE = range(6)
 FIRST_WORD = 6  # the words are FIRST_WORD .. vocab - 1
 PATCH, MERGE = 14, 2
 TOKENWISE = ("input_ids", "attention_mask", "labels", "position_ids", "mm_token_type_ids", "token_type_ids")
-TOKENWISE += ("cross_attention_mask",)
+TOKENWISE += ("cross_attention_mask", "subject")
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -241,6 +241,14 @@ def image_batch(model, n, seed=0, size=56, padding="right", question=4, answer_l
         patches = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * PATCH**2, generator=generator)
         batch |= dict(pixel_values=patches.to(model.dtype), image_grid_thw=grid)
     return batch
+
+
+def marked(batch, *spans):
+    """The batch with the subject of every sample: of its attended tokens those from start to stop."""
+    subject = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    for row, mask, (start, stop) in zip(subject, batch["attention_mask"], spans, strict=True):
+        row[mask.nonzero()[start:stop, 0]] = True
+    return batch | {"subject": subject}
 
 
 def split(batch, i, keep_padding=False):

@@ -39,7 +39,8 @@ def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
             pictures. The draw depends on seed, group and row alone.
 
     Returns:
-        Records in the table's order; pictures stay encoded until they are opened.
+        Records in the table's order, with the row's subject where the table has such a column; pictures stay encoded
+        until they are opened.
 
     Raises:
         InputError: with file, row and column for a table that cannot be used.
@@ -61,11 +62,12 @@ def load(source: str | Path, group: str, seed: int = 0) -> list[Record]:
     rows: dict[str, str] = {}
     for number, row in enumerate(read_rows(find_table(source, group))):
         rng = random.Random(f"{seed} {group} {row.values.get('ID', number)}")
+        subject = "" if row.values.get("subject") is None else row.text("subject")
         for record in _schema(row).records(row, str(number), rng):
             if record.id in records:
                 person = repr(record.id.split("/")[0])
                 raise row.error("ID", f"{person}, which {rows[record.id]} has too", "every person once")
-            records[record.id] = replace(record, group=group)
+            records[record.id] = replace(record, group=group, subject=subject)
             rows[record.id] = f"row {row.number} of {row.file.name}"
     kinds = Counter(f"{record.modality} {record.task}" for record in records.values())
     log.info("%s of %s: %s", group, source, ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
@@ -164,7 +166,7 @@ def without_pictures(records: Sequence[Record], names: Mapping[str, str]) -> lis
         names: {ID: name}, as `person_names` gives it.
 
     Returns:
-        Text records; "/text" is added to their ids.
+        Text records, the person their subject; "/text" is added to their ids.
 
     Raises:
         InputError: for a person without a name.
@@ -182,8 +184,10 @@ def without_pictures(records: Sequence[Record], names: Mapping[str, str]) -> lis
             continue
         if person not in names:
             raise InputError(f"record {record.id} is of person {person}, who has no name; names has {len(names)}")
-        question = record.question.replace("this person", names[person])
-        texts.append(replace(record, id=f"{record.id}/text", modality="text", image=None, question=question))
+        name = names[person]
+        question = record.question.replace("this person", name)
+        asked = replace(record, modality="text", image=None, question=question, subject=name)
+        texts.append(replace(asked, id=f"{record.id}/text"))
     return texts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Encoded:
     image: Picture | None
     patches: int
     """Of the picture, in the vision tower; 0 without one."""
+    subject: list[int] = field(default_factory=list)
+    """Indices into the prompt of the subject's tokens; empty where they were not asked for."""
 
     @property
     def tokens(self) -> int:
@@ -143,12 +145,17 @@ class Encoder:
         ]
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
-    def encode(self, record: Record) -> Encoded:
+    def encode(self, record: Record, subject: bool = False) -> Encoded:
         """A record as token ids; of a picture only the size is read.
+
+        Args:
+            record: what is asked and answered.
+            subject: find the tokens of the record's subject too, where it stands last in the question.
 
         Raises:
             InputError: for a picture that cannot be encoded here, a prompt with placeholders but no picture, an answer
-                without tokens, or more tokens than the model takes; without the record's id.
+                without tokens, more tokens than the model takes, or a subject that is asked for and not found; without
+                the record's id.
         """
         picture, patches = _picture(record.image), 0
         if picture:
@@ -158,7 +165,9 @@ class Encoder:
         except UnicodeEncodeError as error:  # tokenizers raise a TypeError that names no text
             raise InputError(f"the text is no Unicode ({error}); mend its \\ud800 to \\udfff") from error
         text = self._text(record.prompt, picture)
-        prompt = _opened(self.tokenizer, text, self._adds_bos(text))
+        special = self._adds_bos(text)
+        prompt = _opened(self.tokenizer, text, special)
+        about = self._subject(record, text, special) if subject else []
         count = prompt.count(self._image_token) if self._image_token is not None else 0
         if count != bool(picture):
             raise InputError(f"the prompt has {count} image placeholders; expected {'one' if picture else 'none'}")
@@ -166,29 +175,34 @@ class Encoder:
             at = prompt.index(self._image_token)
             tokens, patches = self._expansion(text, prompt, at, picture.size)
             prompt[at : at + 1] = tokens
+            about = [i + (len(tokens) - 1) * (i > at) for i in about]
         answer = list(self.tokenizer(record.target, add_special_tokens=False)["input_ids"])
         _check_tokens(prompt, answer)
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(prompt) + len(answer) > longest:
             raise InputError(f"{len(prompt) + len(answer)} tokens; the model takes {longest}: shorten the sample")
-        return Encoded(record.id, prompt, answer, picture, patches)
+        return Encoded(record.id, prompt, answer, picture, patches, about)
 
-    def batch(self, records: Sequence[Record | Encoded], end: bool = False) -> dict[str, torch.Tensor]:
+    def batch(
+        self, records: Sequence[Record | Encoded], end: bool = False, subject: bool = False
+    ) -> dict[str, torch.Tensor]:
         """What model(**batch) takes, padded on the right.
 
         Args:
             records: with and without pictures, if need be.
             end: every answer ends with the tokenizer's end token, labelled, as in training.
+            subject: mark the records' subjects, for positions="subject"; a model itself refuses such a batch.
 
         Returns:
             input_ids, attention_mask and labels [n,S] int64 (-100 but for the answers), for a Qwen-VL also
             mm_token_type_ids [n,S], and with pictures the image processor's outputs: pixel_values [patches, ...] and
-            image_grid_thw [pictures,3] for a Qwen-VL, pixel_values [pictures,3,height,width] for LLaVA.
+            image_grid_thw [pictures,3] for a Qwen-VL, pixel_values [pictures,3,height,width] for LLaVA. Where subjects
+            were asked for, here or in `encode`, also subject [n,S] bool.
 
         Raises:
             InputError: for a record that `encode` refuses, with its id, or a tokenizer without an end token.
         """
-        rows = self.encoded(records)
+        rows = self.encoded(records, subject)
         if end and self.tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end token, so no model could learn to stop; set its eos_token")
         answers = [row.answer + [self.tokenizer.eos_token_id] * end for row in rows]
@@ -196,7 +210,12 @@ class Encoder:
         labels = torch.full_like(batch["input_ids"], -100)
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             labels[i, len(row.prompt) : len(row.prompt) + len(answer)] = torch.tensor(answer)
-        return batch | {"labels": labels}
+        batch["labels"] = labels
+        if any(row.subject for row in rows):
+            batch["subject"] = torch.zeros_like(labels, dtype=torch.bool)
+            for i, row in enumerate(rows):
+                batch["subject"][i, row.subject] = True
+        return batch
 
     def prompts(self, records: Sequence[Record | Encoded]) -> dict[str, torch.Tensor]:
         """What model.generate(**prompts) takes: `batch` without answers and labels, padded on the left.
@@ -207,13 +226,13 @@ class Encoder:
         rows = self.encoded(records)
         return self._inputs(rows, [row.prompt for row in rows], "left")
 
-    def encoded(self, records: Sequence[Record | Encoded]) -> list[Encoded]:
+    def encoded(self, records: Sequence[Record | Encoded], subject: bool = False) -> list[Encoded]:
         """Each of them encoded. Raises InputError with the record's id."""
-        return [self._named(record) if isinstance(record, Record) else record for record in records]
+        return [self._named(record, subject) if isinstance(record, Record) else record for record in records]
 
-    def _named(self, record: Record) -> Encoded:
+    def _named(self, record: Record, subject: bool) -> Encoded:
         try:
-            return self.encode(record)
+            return self.encode(record, subject)
         except InputError as error:
             raise InputError(f"record {record.id} of {record.group}: {error}") from error
 
@@ -275,6 +294,28 @@ class Encoder:
             if prompt.strip() in shown:  # a template made for parts shows nothing of a plain text
                 return shown
         raise InputError("the chat template does not show the prompt; expected one with a user's turn")
+
+    def _subject(self, record: Record, text: str, special: bool) -> list[int]:
+        """Which tokens of a text that shows the record's prompt hold its subject, where it stands last in the
+        question."""
+        subject, prompt = record.subject.strip(), record.prompt.strip()
+        if not subject:
+            raise InputError("it has no subject; expected the words of the question that say whom or what it is about")
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                f"{type(self.tokenizer).__name__} does not tell which letters a token stands for; expected a fast "
+                "tokenizer, or batches that mark the subject themselves"
+            )
+        question = record.question.strip() if record.task == "choice" else prompt  # options may name it too
+        if subject not in question:
+            raise InputError(f"its subject {subject!r} is not in {question!r}; expected words of the question, exactly")
+        start = text.rindex(prompt) + question.rindex(subject)
+        stop = start + len(subject)
+        spans = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
+        found = [i for i, (first, end) in enumerate(spans) if first < stop and end > start]
+        if not found:
+            raise InputError(f"its subject {subject!r} gives no token; expected at least one")
+        return found
 
     def _placeholder(self, prompt: str) -> str:
         """What goes before a prompt without a template: nothing where the prompt has a placeholder itself."""
@@ -363,8 +404,10 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
     """The batches of `in_batches` on a device, each made anew when it is asked for: the pixels of a whole retain set
     are too many (1000 patches of a Qwen-VL are 4.7 MB, for every question about the picture)."""
 
-    def __init__(self, encoder: Encoder, records: Sequence[Record], batch_size: int, device: Any):
-        self.encoder, self.device, self.rows = encoder, device, encoder.encoded(records)
+    def __init__(
+        self, encoder: Encoder, records: Sequence[Record], batch_size: int, device: Any, subject: bool = False
+    ):
+        self.encoder, self.device, self.rows = encoder, device, encoder.encoded(records, subject)
         self.order = in_batches(self.rows, batch_size)
 
     def __len__(self) -> int:

@@ -1,4 +1,5 @@
-"""Records of a JSONL file: {"prompt": text, "answer": text} and optionally "image": path, one object a line."""
+"""Records of a JSONL file: {"prompt": text, "answer": text} and optionally "image": path and "subject": text, one
+object a line."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from mipfast.data.records import Picture, Record
 from mipfast.errors import InputError
 from mipfast.files import parse_json
 
-KEYS = {"prompt": str, "answer": str, "image": str}
-EXPECTED = 'expected one object a line, {"prompt": text, "answer": text} and optionally "image": path'
+KEYS = {"prompt": str, "answer": str, "image": str, "subject": str}
+EXPECTED = (
+    'expected one object a line, {"prompt": text, "answer": text} and optionally "image": path and "subject": text'
+)
 
 
 def read_lines(data: str | Path, limit: int | None = None) -> Iterator[Record]:
@@ -19,7 +22,7 @@ def read_lines(data: str | Path, limit: int | None = None) -> Iterator[Record]:
 
     Args:
         data: the file, a line of it {"prompt": text, "answer": text} and optionally "image": a path relative to the
-            file.
+            file, and "subject": whom or what is asked about, in the prompt's own words.
         limit: the most lines to read.
 
     Raises:
@@ -53,8 +56,9 @@ def _record(number: int, line: bytes, data: Path) -> Record:
         raise ValueError(f"found {type(fields).__name__} instead of an object")
     if not {"prompt", "answer"} <= fields.keys() <= KEYS.keys():
         raise ValueError(f"found keys {', '.join(fields) or 'none'}")
-    if fields.get("image", "") is None:
-        del fields["image"]
+    for key in ("image", "subject"):
+        if fields.get(key, "") is None:
+            del fields[key]
     for key, value in fields.items():
         if not isinstance(value, KEYS[key]) or not value.strip():
             raise ValueError(f"found {key}={value!r}; it must be a text that is not empty")
@@ -69,4 +73,5 @@ def _record(number: int, line: bytes, data: Path) -> Record:
         question=fields["prompt"],
         answer=fields["answer"],
         image=Picture(path, str(path)) if path else None,
+        subject=fields.get("subject", ""),
     )

@@ -100,6 +100,8 @@ class Record:
     """Wrong answers of the same form as the answer; empty where the table has none."""
     letter: str = ""
     """Of a choice, the answer's letter where the table says it."""
+    subject: str = ""
+    """Whom or what is asked about, in the question's own words; empty where it is not said."""
 
     @property
     def prompt(self) -> str:

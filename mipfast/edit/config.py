@@ -48,7 +48,7 @@ class RMisUConfig:
     lora_alpha: int = 16
     """Of the adapter: its scale is lora_alpha / lora_rank."""
     positions: Positions = "last_prompt"
-    """Tokens where the losses look: last_prompt, answer, first, prompt, all, or indices."""
+    """Tokens where the losses look: last_prompt, answer, first, prompt, all, subject, or indices."""
     steps: int | None = None
     """Optimiser steps, instead of epochs."""
     epochs: int = 1

@@ -29,7 +29,8 @@ def hidden_states(
         model: a transformers causal or vision-language model, perhaps inside PEFT's or torch.compile's wrapper.
         batch: what model(**batch) takes, with labels [n,S] (-100 = not scored).
         layer: the text block, from 0.
-        positions: which tokens: last_prompt, answer, first, prompt, all, or indices [P] or [n,P].
+        positions: which tokens: last_prompt, answer, first, prompt, all, subject (of a batch with a bool or int
+            subject [n,S]), or indices [P] or [n,P].
         sites: find_sites(model), where it is called often.
 
     Returns:

@@ -20,6 +20,7 @@ from mipfast.errors import InputError, configured
 from mipfast.model.batch import Batch, read_batch
 from mipfast.model.fingerprint import unchanged
 from mipfast.model.patching import unwrapped
+from mipfast.model.positions import text_rows
 from mipfast.model.sites import Sites, find_sites
 from mipfast.scoring.attribution import Attribution
 from mipfast.scoring.config import LocateConfig
@@ -82,7 +83,8 @@ def unlearn(
     for name, batches in (("forget", forget), ("retain", retain)):
         for i, batch in enumerate(batches):  # before hours of locating
             try:
-                read_batch(model, batch)
+                _, labels = read_batch(model, batch)
+                text_rows(batch, config.rmisu.positions, labels)
             except InputError as error:
                 raise InputError(f"{name} batch {i}: {error}") from error
     sites = find_sites(model)

@@ -389,7 +389,7 @@ def _encoded(encoder: Encoder, chunk: list[Record], config: LocateConfig, data: 
         try:
             if config.modality == "vision" and record.image is None:
                 raise InputError('modality vision scores pictures; expected an "image" with every sample')
-            encoded.append(encoder.encode(record))
+            encoded.append(encoder.encode(record, subject=config.positions == "subject"))
         except InputError as error:
             raise InputError(f"{_where(data)} {record.id}: {error}") from error
     return encoded

@@ -185,6 +185,9 @@ def _locate(model: Any, encoder: Encoder, roles: dict[str, list[Record]], stage:
         log.warning(
             "the forget tables ask about pictures alone, so the text tower is not edited; `names` asks them in text too"
         )
+    if stage.rmisu.positions == "subject":  # else a record without one would show when hours of locating are done
+        for records in roles.values():
+            encoder.encoded(records, subject=True)
     for name, (records, config) in _sets(roles, stage, find_sites(model)).items():
         config = replace(config, progress=stage.progress)
         locate_file.locate_file(model, encoder, records, out / "locate" / name, config, **options)
@@ -210,7 +213,10 @@ def _unlearn(
     kept = [one for name, one in located.items() if not name.startswith("forget-")]
     towers = located.get("forget-text"), located.get("forget-image")
     others = [record for role, records in roles.items() if role != "forget" for record in records]
-    forget, retain = (Batches(encoder, some, stage.batch_size, model.device) for some in (roles["forget"], others))
+    marked = {"subject": stage.rmisu.positions == "subject"}
+    forget, retain = (
+        Batches(encoder, some, stage.batch_size, model.device, **marked) for some in (roles["forget"], others)
+    )
     if stage.fraction == "auto":
         judged = Batches(encoder, _kept(roles, slice(1, None, 2)), stage.batch_size, model.device)
         path = fitted(model, forget, judged, *towers, kept, stage)

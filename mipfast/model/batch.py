@@ -1,4 +1,5 @@
-"""What a batch is: tensors by name as model(**batch) takes them, with labels."""
+"""What a batch is: tensors by name as model(**batch) takes them, with labels, and perhaps `subject` [n,S], bool or int:
+true on the tokens of what a question is about (model/positions.py)."""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ class Labels:
 
 
 def without_labels(batch: Batch) -> dict[str, Any]:
-    """The batch as the model's inputs: with labels, transformers would compute a loss nobody reads."""
-    return {name: value for name, value in batch.items() if name != "labels"}
+    """The batch as the model's inputs: with labels, transformers would compute a loss nobody reads, and a subject it
+    refuses."""
+    return {name: value for name, value in batch.items() if name not in ("labels", "subject")}
 
 
 def check_many(name: str, batches: Any) -> None:

@@ -76,7 +76,7 @@ IMAGE_TOKEN = ("image_token_id", "image_token_index")
 CUT_WITH_TEXT = {"input_ids", "attention_mask", "position_ids", "mm_token_type_ids"}
 PICTURE_TENSORS = {"pixel_values", "image_grid_thw", "image_sizes"}
 # One value per text token, and that of a token put before the prompt (judge/attacks.py).
-VALUE_OF_ADDED_TOKEN = {"attention_mask": 1, "labels": -100, "mm_token_type_ids": 0, "token_type_ids": 0}
+VALUE_OF_ADDED_TOKEN = {"attention_mask": 1, "labels": -100, "subject": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 # Qwen-VL. Its config has these ids (data/encoder.py); PATCHES are [patches of all pictures, ...], GRID [pictures,3] is
 # how many each has, and MERGE_SIZE squared of them become one placeholder (model/batch.py, scoring/memory.py and

@@ -15,7 +15,7 @@ log = logging.getLogger("mipfast")
 Positions = str | torch.Tensor | list
 
 
-TEXT_POSITIONS = ("last_prompt", "answer", "first", "prompt", "all")
+TEXT_POSITIONS = ("last_prompt", "answer", "first", "prompt", "all", "subject")
 VISION_POSITIONS = ("all", "first")
 
 
@@ -43,7 +43,11 @@ def text_rows(batch: Batch, positions: Positions, labels: Labels | None = None) 
 
     last_prompt: the first position whose logits predict a label. answer: all positions whose logits predict a label,
     first label span. first: the first attended one. prompt: attended ones up to last_prompt. all: attended ones.
-    Otherwise indices [P] for every sample, or [n,P]. labels: find_labels(batch), where it is there already."""
+    subject: where batch["subject"] [n,S] is true. Otherwise indices [P] for every sample, or [n,P]. labels:
+    find_labels(batch), where it is there already.
+
+    Raises InputError for what are no positions, and for a subject that is missing, of another shape or dtype, empty, on
+    padding, or behind all that predicts a label."""
     check_name(positions, TEXT_POSITIONS)
     labels = labels or find_labels(batch)
     n, length = batch["labels"].shape
@@ -66,6 +70,8 @@ def text_rows(batch: Batch, positions: Positions, labels: Labels | None = None) 
         chosen = steps == seen.int().argmax(1, keepdim=True)
     elif positions == "prompt":
         chosen = seen & (steps <= last_prompt)
+    elif positions == "subject":
+        chosen = _subject(batch, labels, seen, steps)
     else:
         chosen = seen
     sample, position = chosen.nonzero(as_tuple=True)
@@ -86,6 +92,28 @@ def vision_rows(counts: torch.Tensor, positions: Positions) -> Rows:
     )
     sample = torch.arange(len(counts), device=counts.device).repeat_interleave(inside.shape[1])
     return Rows(sample, (starts[:, None] + inside).flatten())
+
+
+def _subject(batch: Batch, labels: Labels, seen: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """[n,S] bool: the tokens of every sample's subject."""
+    given = batch.get("subject")
+    expected = f"expected a bool or int tensor {list(seen.shape)} that is true on the tokens of every sample's subject"
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.shape != seen.shape:
+        found = f"a {given.dtype} one {list(given.shape)}" if isinstance(given, torch.Tensor) else "none"
+        raise InputError(
+            f"positions='subject' asks for the batch's subject, found {found}; {expected}: of records that have a "
+            "subject, Encoder.batch(records, subject=True) makes it"
+        )
+    subject, last = (given != 0).to(seen.device), labels.index.where(labels.mask, 0).amax(1, keepdim=True)
+    wrong = {
+        "is empty": ~subject.any(1, keepdim=True),
+        "lies where their attention_mask is 0": subject & ~seen,
+        "lies behind the position that predicts their last label, which it cannot influence": subject & (steps > last),
+    }
+    for what, where in wrong.items():
+        if samples := where.any(1).nonzero().flatten().tolist():
+            raise InputError(f"positions='subject': the subject of samples {samples} {what}; {expected}")
+    return subject
 
 
 def _indices(positions: torch.Tensor | list, n: int, length: int) -> torch.Tensor:

@@ -53,8 +53,8 @@ class LocateConfig:
     score: Literal["igi", "ifi"] | None = None
     """Integrated gradient (igi) or integrated squared gradient (ifi); None is igi for text, ifi for vision."""
     positions: Positions | None = None
-    """Rows that are scaled: last_prompt, answer, first, prompt, all, or indices; of pictures all, first, or indices.
-    None is last_prompt for text, all for vision."""
+    """Rows that are scaled: last_prompt, answer, first, prompt, all, subject (the batch's own mark of the tokens that a
+    question is about), or indices; of pictures all, first, or indices. None is last_prompt for text, all for vision."""
     tol: float | None = None
     """Relative error of a layer's scores, in the 2-norm, to which nodes are added where it is larger; None is 0.01,
     where neither n_steps nor method asks for a fixed rule. Attribution.error has what is left of it."""

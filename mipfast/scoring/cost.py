@@ -186,6 +186,7 @@ def estimate(
     Assumes blocks that add their FFN's output and attention that can be cut to a suffix, as `locate` itself checks;
     attention in a vision tower is counted as global. With tol the nodes are not known beforehand: as many are counted
     as three language models, or a small vision tower, asked for at 0.01 in the mean; a sample may take half or twice.
+    Nor is where a subject stands: positions="subject" is counted as if it began the sample, which is the most.
     A call's comparison of two samples with plain autograd is left out (docs/reliability.md).
 
     Args:

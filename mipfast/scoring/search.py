@@ -23,6 +23,7 @@ from mipfast.files import versions
 from mipfast.model.accelerated import accelerated
 from mipfast.model.batch import BATCH, Batch, Labels
 from mipfast.model.patching import frozen_eval, lock_of, unwrapped
+from mipfast.model.positions import text_rows
 from mipfast.model.remembered import remembered
 from mipfast.model.sites import Sites, Stack, find_sites
 from mipfast.scoring import adaptive, fixed, memory
@@ -57,7 +58,9 @@ def locate(
 
     Args:
         model: a transformers model, in whatever mode; see `find_sites`.
-        batch: what model(**batch) takes, with labels [n,S] int64 (-100 = not scored), or an iterable of such.
+        batch: what model(**batch) takes, with labels [n,S] int64 (-100 = not scored), or an iterable of such. For
+            positions="subject" also subject [n,S] bool or int, true on the tokens of what is asked about; the model is
+            not given it.
         config: how neurons are scored; None is LocateConfig().
         counterfactuals: batches aligned with the one batch (labels of its shape, as many chosen positions per sample),
             such as the same questions about other people. With b the mean of their clean activations,
@@ -88,6 +91,7 @@ def locate(
         tensor(True)
     """
     config = configured(LocateConfig, config, overrides).resolved()
+    assert config.positions is not None
     nodes, weights = config.rule() if config.tol is None else (torch.tensor([0.5]), torch.ones(1))
     sites = find_sites(model)
     stack = choose_stack(sites, config)
@@ -109,6 +113,8 @@ def locate(
         call = _Call(model, sites, stack, config, nodes, weights, remembered(model))
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
+                if stack is sites.text:  # before anything runs, whichever sample's positions cannot be used
+                    text_rows(one, config.positions)
                 if not parts:
                     checked = _check_route(call, one, faster)
                 parts.append(_with_memory(call, one, others, first=not parts))
