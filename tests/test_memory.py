@@ -61,6 +61,17 @@ def test_out_of_memory_changes_nothing(monkeypatch, modality, search, too_much):
     assert any(too_much(*one) for one in seen)
 
 
+def test_positions_of_every_sample_go_with_their_half(monkeypatch):
+    model, batch = case("text")
+    n = len(batch["labels"])
+    settings = dict(positions=torch.arange(1, 2 * n + 1).view(n, 2), n_steps=2)
+    expected = mipfast.locate(model, batch, **settings)
+    running_out(monkeypatch, lambda m, n: n > 1)
+    assert_equal(mipfast.locate(model, batch, **settings), expected)
+    with pytest.raises(mipfast.InputError, match=f"positions have rows for {n + 1} samples; expected {n}"):
+        mipfast.locate(model, batch, positions=torch.arange(2 * n + 2).view(n + 1, 2))
+
+
 def test_a_layer_is_not_scored_again(monkeypatch):
     """Half of the copies that did not fit go on where they stand."""
     model = tiny_llama(F64)

@@ -121,6 +121,8 @@ def _indices(positions: torch.Tensor | list, n: int, length: int) -> torch.Tenso
     indices = torch.as_tensor(positions)
     if indices.is_floating_point() or indices.ndim not in (1, 2) or indices.shape[-1] == 0:
         raise InputError(f"positions {positions!r} are not indices; expected integers of shape [P] or [n,P]")
+    if indices.ndim == 2 and len(indices) not in (1, n):
+        raise InputError(f"positions have rows for {len(indices)} samples; expected {n}, as many as the batch has")
     indices = indices.long().expand(n, -1)
     if not bool(((indices >= 0) & (indices < length)).all()):
         raise InputError(f"positions {indices.min()}..{indices.max()} fall outside this batch's 0..{length - 1}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -308,8 +308,12 @@ def _with_memory(call: _Call, batch: Batch, others: Sequence[Batch], first: bool
                 "choose a smaller dtype"
             ) from error
     log.warning("%d samples do not fit into memory at once: going on with halves of them", len(batch["labels"]))
-    halves = zip(*(memory.halves(b, call.model.config) for b in (batch, *others)), strict=True)
-    return _concatenated([_with_memory(call, half, half_others, first) for half, *half_others in halves])
+    halves, calls = zip(*(memory.halves(b, call.model.config) for b in (batch, *others)), strict=True), [call] * 2
+    if not isinstance(config.positions, str) and (every := torch.as_tensor(config.positions)).ndim == 2:
+        middle = len(batch["labels"]) // 2
+        calls = [replace(call, config=replace(config, positions=p)) for p in (every[:middle], every[middle:])]
+    parts = zip(calls, halves, strict=True)
+    return _concatenated([_with_memory(own, half, half_others, first) for own, (half, *half_others) in parts])
 
 
 def _concatenated(parts: list[Located]) -> Located:
