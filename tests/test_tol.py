@@ -13,6 +13,7 @@ from tiny import image_batch, split, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import Attribution, InputError, LocateConfig, locate
 from mipfast.scoring import memory, quadrature, slot_wave, slots, wave
+from mipfast.scoring.adaptive import LOOSE
 from mipfast.scoring.panels import (
     COARSE,
     GRADED,
@@ -302,6 +303,16 @@ def test_a_fixed_rule_does_not_know_its_error():
     llama = tiny_llama()
     found = locate(llama, text_batch(llama, [9], [2]), n_steps=4)
     assert found.error.shape == (1, 4) and found.error.isnan().all() and "nodes" not in found.report
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_loose_tol_asks_for_more_than_its_own_estimate(search):
+    """Four times what is loose is aimed at as that, and said as four times as much."""
+    llama = tiny_llama(torch.float64)
+    batch = text_batch(llama, [9, 7], [2, 1])
+    loose, tight = (locate(llama, batch, search=search, tol=tol) for tol in (4 * LOOSE, LOOSE))
+    assert torch.equal(loose.scores, tight.scores) and loose.report["nodes"] == tight.report["nodes"]
+    torch.testing.assert_close(loose.error, 4 * tight.error)
 
 
 def test_the_margin_is_the_gap_below_the_path_over_the_error():
