@@ -381,8 +381,8 @@ def test_the_command_scores_every_other_record_and_judges_by_the_rest(monkeypatc
     judged, scored, real = [], {}, pipeline.locate_file.locate_file
 
     class Recorded(pipeline.Batches):
-        def __init__(self, encoder, records, *rest):
-            super().__init__(encoder, records, *rest)
+        def __init__(self, encoder, records, *rest, **more):
+            super().__init__(encoder, records, *rest, **more)
             self.records = list(records)
 
     def located(model, encoder, records, out, *rest, **options):

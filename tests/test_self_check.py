@@ -13,7 +13,7 @@ from tiny import image_batch, split, text_batch, tiny_llama, tiny_qwen_vl
 
 from mipfast import ModelError, locate
 from mipfast.model import families
-from mipfast.scoring import capture, nodes, plan, replay, search, self_check
+from mipfast.scoring import capture, nodes, plan, replay, search, self_check, staggered
 
 MODALITIES = pytest.mark.parametrize("modality", ["text", "vision"])
 COARSE = dict(n_steps=2, top_k=3)
@@ -154,7 +154,7 @@ def interrupt(monkeypatch, owner, name, after=0):
         (nodes.CleanNode, "advance"),
         (nodes.ResidualNodes, "advance"),
         (replay.forward_ad, "unpack_dual"),
-        (replay.Replay, "staggered"),
+        (staggered.Staggered, "logits"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -113,7 +113,7 @@ def locate(
         call = _Call(model, sites, stack, config, nodes, weights, remembered(model))
         for one in tqdm(batches, desc=f"locate {config.modality}", disable=not config.progress):
             try:
-                if stack is sites.text:  # before anything runs, whichever sample's positions cannot be used
+                if config.positions == "subject":  # before anything runs, whichever sample has none that can be used
                     text_rows(one, config.positions)
                 if not parts:
                     checked = _check_route(call, one, faster)
