@@ -1,12 +1,12 @@
 """What scores of a stated error cost on a real model, against the procedures one would use otherwise.
 
-    python bench/real/speed.py FOLDER_OR_HUB_NAME [--tol 0.01] [--rounds 3] [--captum] [--out FILE.json]
+    python bench/real/speed.py FOLDER_OR_HUB_NAME [--tol 0.01] [--rounds 3] [--out FILE.json]
 
 CPU seconds of this process on one thread, medians of the rounds, baselines once; the self-check and the hash of the
 weights are in no row. Before a time is shown, the error of the first sample's scores is taken against 128 substituted
 nodes: ours must be at most twice tol, and of the plain procedure's 20 left steps ours at most a twentieth, in the
-median layer. Plain: `bench/released.py`, 20 left steps, a sample at a time, as the released code runs. Captum, with the
-Gauss-Legendre nodes that the first layer needs for tol, layer after layer: takes minutes. Of answers the first token.
+median layer. Plain: `bench/released.py`, 20 left steps, a sample at a time, as the released code runs. Of answers the
+first token.
 """
 
 import argparse
@@ -49,24 +49,6 @@ def checked(model, batch, tol):
     return ours, left
 
 
-def captum_scores(model, batch, nodes):
-    """[L,F] at the position before the label: the other rows' baseline is what they are."""
-    from captum.attr import LayerIntegratedGradients
-
-    ids, label = batch["input_ids"], int((batch["labels"][0] != -100).int().argmax())
-    embeddings = model.get_input_embeddings()(ids).detach()
-    baseline = embeddings.clone()
-    baseline[:, label - 1] = 0
-
-    def objective(inputs):
-        logits = model(inputs_embeds=inputs, use_cache=False).logits[:, label - 1]
-        return logits.log_softmax(-1)[:, ids[0, label]]
-
-    options = dict(n_steps=nodes, method="gausslegendre", attribute_to_layer_input=True, internal_batch_size=16)
-    for block in model.get_decoder().layers:
-        LayerIntegratedGradients(objective, block.mlp.down_proj).attribute(embeddings, baseline, **options)
-
-
 def samples_of(tokenizer, prompts, same, count):
     """So many prompts, in turns where there are fewer: of the commonest length, or of at least three lengths."""
     lengths = {}
@@ -84,7 +66,6 @@ def main():
     parser.add_argument("model", help="a folder, or a name that is in the hub's cache")
     parser.add_argument("--tol", type=float, default=0.01)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--captum", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -116,9 +97,6 @@ def main():
             row["plain"] = sum(seconds(lambda one=one: released_igi(model, one, LEFT), 1) for one in alone)
             row["plain / greedy"] = row["plain"] / row["greedy"]
             row["pointwise / 4 nodes"] = row["pointwise"] / row["pointwise, 4 nodes"]
-            if given.captum and len(some) == 1:
-                row["captum"] = seconds(lambda one=alone[0]: captum_scores(model, one, 64), 1)
-                row["captum / pointwise"] = row["captum"] / row["pointwise"]
             rows[name] = row
             print(name, json.dumps({key: round(value, 2) for key, value in row.items()}, indent=1), flush=True)
     if given.out:
