@@ -183,16 +183,17 @@ def main():
     found = {str(tol): [] for tol in given.tol}
     if given.out and given.out.exists():
         before = json.loads(given.out.read_text())
-        if (before["model"], before["truth_nodes"], list(before["samples"])) == (given.model, given.nodes, list(found)):
-            found = before["samples"]
+        if (before["model"], before["truth_nodes"]) == (given.model, given.nodes):
+            found |= before["samples"]
     for one in prompts:
-        if all(one["prompt"] in [row["prompt"] for row in rows] for rows in found.values()):
+        missing = [tol for tol in given.tol if one["prompt"] not in [row["prompt"] for row in found[str(tol)]]]
+        if not missing:
             continue
         batch = batch_of(tokenizer, [one])
         truth = locate(model, batch, method="substituted", n_steps=given.nodes, residuals="none")
-        for tol, rows in found.items():
-            row = measure(model, batch, float(tol), truth, given.nodes)
-            rows.append({"kind": one["kind"], "prompt": one["prompt"], **row})
+        for tol in missing:
+            row = measure(model, batch, tol, truth, given.nodes)
+            found[str(tol)].append({"kind": one["kind"], "prompt": one["prompt"], **row})
             print(
                 f"{one['prompt']!r} tol {tol}: worst {max(row['error']):.4f}, {row['row_block_passes']} passes",
                 flush=True,
