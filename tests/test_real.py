@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import invoke
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench" / "real"))
 import converge  # noqa: E402
 
 from mipfast import locate  # noqa: E402
+from mipfast.edit.fit_path import RISE  # noqa: E402
 
 FOLDER = Path(os.environ.get("MIPFAST_REAL", ROOT / ".real" / "SmolLM2-135M-Instruct"))
 pytestmark = [
@@ -53,3 +56,21 @@ def test_a_batch_gets_the_scores_that_its_samples_get():
         alone = locate(model, prompts(which), search="pointwise", tol=0.01)
         off = converge.relative(found.scores[i : i + 1], alone.scores)
         assert off.max() < 1e-3
+
+
+def test_the_demo_forgets_capitals_and_the_saved_model_too(tmp_path):
+    result = invoke(["demo", "--real", "--model", FOLDER, "--out", tmp_path])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    forget, others, prose = rows["to forget"], rows["other relations"], rows["plain prose"]
+    assert len(report["to forget"]) == 8 and forget["right"]["before"] == others["right"]["before"] == 100
+    assert forget["nll"]["pruned"] > forget["nll"]["before"] + RISE > forget["nll"]["random"]
+    assert forget["right"]["pruned"] < 100 and min(others["right"].values()) > 90
+    assert prose["nll"]["pruned"] - prose["nll"]["before"] < 0.05 and report["path"]["neurons"] < 1000
+
+    model, tokenizer = (auto.from_pretrained(tmp_path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    said = next(one for one in report["continued"] if one["pruned"] != one["before"])
+    prompt = tokenizer(said["prompt"], return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(written, skip_special_tokens=True).strip() == said["pruned"]
