@@ -113,6 +113,8 @@ def demo(
         )
     for module, extra in (("PIL", "data"), ("matplotlib", "eval")):
         check_installed("the demo", extra, module)
+    torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
+    _quiet_transformers()
     if real:
         return _real_demo(model, facts, yes, out)
     from mipfast.demo.report import accuracy_table, write_report
@@ -124,8 +126,6 @@ def demo(
         raise InputError(f"--forget {forget}; expected 0.05, 0.10 or 0.15")
     if first_seed < 0 or seeds < 1:
         raise InputError(f"--first-seed {first_seed}, --seeds {seeds}; expected at least 0, and at least 1")
-    torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
-    _quiet_transformers()
     with writing(out):  # before minutes are spent
         out.mkdir(parents=True, exist_ok=True)
     results = run(list(range(first_seed, first_seed + seeds)), forget, out, retrain, sys.stderr.isatty())
@@ -148,16 +148,12 @@ def report(folders: Positional[list[Path]], out: Path = Path("report")) -> None:
 
 
 def _real_demo(model: str | None, facts: Path | None, yes: bool, out: Path) -> None:
-    import torch
-
     check_installed("the demo", "eval", "rouge_score", "sacrebleu")  # which what judges continuations asks for
     from mipfast.demo import facts as fact_file
     from mipfast.demo import real, real_report, smollm2
     from mipfast.experiment import page
     from mipfast.files import writing
 
-    torch.set_num_threads(1)  # as above
-    _quiet_transformers()
     given = fact_file.read(facts or fact_file.SHIPPED)
     with writing(out):  # before minutes are spent
         out.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,7 @@ def run(folder: Path, facts: Facts, out: Path, progress: bool = True) -> dict[st
             {"prompt": text.prompt, "answer": text.answer} | {state: said[i] for state, said in continued.items()}
             for i, text in enumerate(shown)
         ],
-        "config": {"locate": LOCATE, "aggregate": AGGREGATE, "max damage": MAX_DAMAGE},
+        "config": {"locate": LOCATE, "aggregate": AGGREGATE, "random seeds": [*RANDOM_SEEDS]},
         "versions": versions(),
         "machine": machine(),
         "limits": [smollm2.QUANTISED] if folder == smollm2.FOLDER else [],
@@ -228,6 +228,7 @@ def _row(name: str, texts: list[Record], answers: dict[str, list[dict[Record, An
 
 
 def _facts_of(name: str, text: Record, answers: dict[str, list[dict[Record, Answer]]]) -> dict[str, Any]:
+    """A prompt of the table with its answer in every state, of the first seed."""
     said = {state: some[0][text]._asdict() for state, some in answers.items()}
     return {"group": name, "prompt": text.prompt, "answer": text.answer, **said}
 

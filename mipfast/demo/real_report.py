@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mipfast.demo.report import path_figure
+from mipfast.edit.fit_path import RISE
 from mipfast.experiment import page
 from mipfast.experiment.figures import size_figure
 from mipfast.experiment.page import Bullets, Fold, Grid, Heading, Part, Plot, Verbatim
@@ -37,7 +38,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
     said = []
     if not path["forgets"]:
         said.append(
-            f"No number of neurons that was tried forgets (by 0.1 nats of NLL) and is harmless (damage of at most "
+            f"No number of neurons that was tried forgets (by {RISE:g} nats of NLL) and is harmless (damage of at most "
             f"{path['max_damage']:g} nats to what is to be kept). "
             + (
                 f"Shown is the smallest that forgets, which does damage: {size['damage']:+.3f} nats."
@@ -63,9 +64,10 @@ def table(results: dict[str, Any]) -> Grid:
     heads = ["", "prompts", *HEADS.values()]
     rows = [[row["name"], str(row["prompts"]), *(_cell(row, state) for state in HEADS)] for row in results["rows"]]
     note = (
-        "Percent of answers whose every token is ranked first / NLL of answers in nats per token; perplexity of prose. "
+        "Percent of answers whose every token is ranked first / NLL of answers in nats per token; perplexity of prose."
     )
-    return Grid(results["title"], heads, rows, note=f"{note}Random: the mean of three draws of the path's size.")
+    draws = len(results["config"]["random seeds"])
+    return Grid(results["title"], heads, rows, note=f"{note} Random: the mean of {draws} draws of the path's size.")
 
 
 def _cell(row: dict[str, Any], state: str) -> str:
