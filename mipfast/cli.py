@@ -77,7 +77,7 @@ def demo(
     facts: Path | None = None,
     yes: bool = False,
 ) -> None:
-    """Make a tiny Qwen2.5-VL forget invented people, beside every control; or a real model eight capitals.
+    """Make a tiny Qwen2.5-VL forget invented people, beside every control.
 
     Evaluates before, locates neurons (IGI in the text tower, IFI in the vision tower), prunes them, runs RMisU, and
     evaluates what is forgotten and what is kept in text and in pictures: located neurons beside random ones, text only,
@@ -87,8 +87,8 @@ def demo(
     Baselines, attacks and ablations on the same model: docs/evidence in the source tree, made there by python
     bench/evidence.
 
-    With --real a pretrained language model: which facts it knows, the neurons that carry eight capitals, no more than
-    do no harm, and what it answers without them, and without as many random ones.
+    With --real on a pretrained language model instead: which facts it knows, the neurons located for eight capitals, no
+    more than do no harm, and what it answers without them, and without as many random ones.
 
     Args:
         seeds: How many forget sets to run; several give mean ± sd.

@@ -149,6 +149,14 @@ def test_what_is_judged_was_neither_scored_nor_to_be_forgotten(toy):
         choose(given, {text: Answer(text.group != "capital", 0.0) for text in texts})
 
 
+def test_answers_that_stay_right_are_not_called_forgotten(shown):
+    results = json.loads(json.dumps(shown[1]))
+    row = next(row for row in results["rows"] if row["name"] == "to forget")
+    for right, is_said in ((row["right"]["before"], True), (0.0, False)):
+        row["right"]["pruned"], row["nll"]["pruned"] = right, row["nll"]["before"] + 0.125
+        assert ("No answer was lost: pruning adds 0.12 nats" in " ".join(real_report.verdict(results))) == is_said
+
+
 def test_where_nothing_harmless_forgets_the_smallest_that_does_is_shown_and_said(toy, shown):
     model = AutoModelForCausalLM.from_pretrained(toy[0])
     encoder, texts = Encoder.from_pretrained(toy[0]), read(toy[1]).relations

@@ -46,6 +46,10 @@ def verdict(results: dict[str, Any]) -> list[str]:
                 else "None that was tried forgets at all; shown is the largest harmless one."
             )
         )
+    forget = rows["to forget"]
+    if forget["right"]["pruned"] >= forget["right"]["before"]:
+        rise = forget["nll"]["pruned"] - forget["nll"]["before"]
+        said.append(f"No answer was lost: pruning adds {rise:.2f} nats to the NLL of what is to forget, and no more.")
     said.append(
         f"{path['neurons']:,} of {total:,} neurons pruned: damage to what is to be kept {size['damage']:+.3f} nats "
         f"(allowed: {path['max_damage']:g})."
