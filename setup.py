@@ -64,7 +64,7 @@ setup(
     packages=[*find_packages(include=["mipfast", "mipfast.*"]), "mipfast_kernels"],
     # not a package `kernels` at the root: it would shadow Hugging Face's package of that name
     package_dir={"mipfast_kernels": "kernels/mipfast_kernels"},
-    package_data={"mipfast": ["py.typed", "demo/weights/base/*"]},
+    package_data={"mipfast": ["py.typed", "demo/facts.json", "demo/weights/base/*"]},
     ext_modules=[] if MODE == "none" else [Extension("mipfast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

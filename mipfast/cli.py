@@ -72,6 +72,10 @@ def demo(
     out: Path = Path("demo-report"),
     retrain: bool = False,
     first_seed: int = 0,
+    real: bool = False,
+    model: str | None = None,
+    facts: Path | None = None,
+    yes: bool = False,
 ) -> None:
     """Make a tiny Qwen2.5-VL forget invented people, beside every control.
 
@@ -83,6 +87,9 @@ def demo(
     Baselines, attacks and ablations on the same model: docs/evidence in the source tree, made there by python
     bench/evidence.
 
+    With --real on a pretrained language model instead: which facts it knows, the neurons located for eight capitals, no
+    more than do no harm, and what it answers without them, and without as many random ones.
+
     Args:
         seeds: How many forget sets to run; several give mean ± sd.
         forget: Share of the people to forget: 0.05, 0.10 or 0.15.
@@ -90,11 +97,26 @@ def demo(
         retrain: First train, from nothing, the base and for each forget set the reference that never saw its people:
             minutes a model.
         first_seed: The first forget set.
+        real: The demo on a pretrained model: SmolLM2-135M-Instruct, which is fetched after a yes, or --model.
+        model: With --real: a model folder, or a Hub id in the cache; nothing is downloaded.
+        facts: With --real: a JSON file of facts, in the form of mipfast/demo/facts.json and with "forget".
+        yes: With --real: fetch SmolLM2 without being asked.
     """
     import torch
 
+    toy = {"--seeds": seeds != 1, "--forget": forget != 0.10, "--retrain": retrain, "--first-seed": first_seed != 0}
+    pretrained = {"--model": model is not None, "--facts": facts is not None, "--yes": yes}
+    if odd := [name for name, given in (toy if real else pretrained).items() if given]:
+        raise InputError(
+            f"{', '.join(odd)} {'with' if real else 'without'} --real; expected none of the toy's options with it, and "
+            "none of its own without"
+        )
     for module, extra in (("PIL", "data"), ("matplotlib", "eval")):
         check_installed("the demo", extra, module)
+    torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
+    _quiet_transformers()
+    if real:
+        return _real_demo(model, facts, yes, out)
     from mipfast.demo.report import accuracy_table, write_report
     from mipfast.demo.run import run
     from mipfast.experiment import page
@@ -104,8 +126,6 @@ def demo(
         raise InputError(f"--forget {forget}; expected 0.05, 0.10 or 0.15")
     if first_seed < 0 or seeds < 1:
         raise InputError(f"--first-seed {first_seed}, --seeds {seeds}; expected at least 0, and at least 1")
-    torch.set_num_threads(1)  # two threads on shared cores were up to ten times slower than one
-    _quiet_transformers()
     with writing(out):  # before minutes are spent
         out.mkdir(parents=True, exist_ok=True)
     results = run(list(range(first_seed, first_seed + seeds)), forget, out, retrain, sys.stderr.isatty())
@@ -125,6 +145,40 @@ def report(folders: Positional[list[Path]], out: Path = Path("report")) -> None:
         out: Folder for report.html, report.md and the pictures.
     """
     _report(folders, out)
+
+
+def _real_demo(model: str | None, facts: Path | None, yes: bool, out: Path) -> None:
+    check_installed("the demo", "eval", "rouge_score", "sacrebleu")  # which what judges continuations asks for
+    from mipfast.demo import facts as fact_file
+    from mipfast.demo import real, real_report, smollm2
+    from mipfast.experiment import page
+    from mipfast.files import writing
+
+    given = fact_file.read(facts or fact_file.SHIPPED)
+    with writing(out):  # before minutes are spent
+        out.mkdir(parents=True, exist_ok=True)
+    folder = smollm2.cached(model) if model else _fetched(yes)
+    results = real.run(folder, given, out, sys.stderr.isatty())
+    real_report.write_report(results, out)
+    console.print(page.terminal(real_report.shown(results)))
+    console.print(f"{results['seconds']['all']:.0f} s. Report, pictures and edited model: [bold]{out}[/bold]")
+
+
+def _fetched(yes: bool) -> Path:
+    """SmolLM2's folder, fetched after a yes where it is not there."""
+    from rich.prompt import Confirm
+
+    from mipfast.demo import smollm2
+
+    if not (smollm2.FOLDER / "config.json").is_file():
+        console.print(f"{smollm2.WHAT}, {smollm2.FOLDER}.", highlight=False)
+        if not (yes or sys.stdin.isatty() and Confirm.ask("Fetch it?", console=console)):
+            raise InputError(
+                f"no model in {smollm2.FOLDER}, and no yes to fetching it; expected one: give --yes, or --model with a "
+                "folder of your own"
+            )
+        smollm2.fetch(smollm2.FOLDER)
+    return smollm2.FOLDER
 
 
 def doctor() -> None:

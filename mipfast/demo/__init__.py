@@ -1,1 +1,2 @@
-"""The fictitious-people benchmark: its data, its tiny VLM, its shipped weights and the run that judges them."""
+"""Two demos. Invented people: their world, a tiny VLM, its shipped weights, the run that judges it. And a pretrained
+model: facts, the fetching of SmolLM2, real.py."""

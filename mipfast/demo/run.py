@@ -29,6 +29,7 @@ from mipfast.edit.neuron_path import NeuronPath
 from mipfast.errors import ArtefactError
 from mipfast.experiment.figures import GROUPS, MODALITIES
 from mipfast.files import machine, versions, write_atomic
+from mipfast.model.sites import Sites
 
 log = logging.getLogger("mipfast")
 
@@ -120,7 +121,7 @@ def _run_seed(trial: Trial, out: Path, results: dict[str, Any], retrain: bool, f
     if retrain:
         judge("retrained", None, tiny.trained(trial.encoder, trial.split, out / f"retrained-{trial.seed}"))
     if first:
-        results["paths"] = {row: _path_facts(trial, path) for row, path in shown.items()}
+        results["paths"] = {row: path_facts(trial.sites, path) for row, path in shown.items()}
         results["residuals"] = _residuals(trial, hidden)
         results["locate"] = {"text": trial.forget_snr.report, "vision": trial.forget_vision.report}
         _save_pictures(trial, out / "pictures")
@@ -186,9 +187,10 @@ def _relearning(runs: list[dict[str, Any]]) -> str:
     )
 
 
-def _path_facts(trial: Trial, path: NeuronPath) -> dict[str, Any]:
+def path_facts(sites: Sites, path: NeuronPath) -> dict[str, Any]:
+    """The neurons of a path by stack and layer, as `report.path_figure` takes them."""
     stacks = {}
-    for stack in trial.sites.stacks:
+    for stack in sites.stacks:
         neurons = {str(layer): sorted(index.tolist()) for (name, layer), index in path.items() if name == stack.name}
         stacks[stack.name] = {
             "num_layers": stack.num_layers,

@@ -111,6 +111,7 @@ def size_figure(origin: dict[str, Any], title: str = "") -> Figure:
     damage.axhline(limit, color=PALE, label="allowed")
     damage.plot(neurons, [size["damage"] for size in sizes], marker="o", ms=4, color=COLOUR["retain"])
     damage.set_yscale("symlog", linthresh=limit)  # what counts is about the limit, and the last sizes are far beyond it
+    damage.yaxis.set_major_formatter("{x:g}")  # symlog's own writes its 0 as a formula, which STYLE leaves as it is
     damage.set(title="retain answers: lower is better", ylabel="damage, nats per token")
     for axes in (known, damage):
         axes.axvline(origin["neurons"], color=COLOUR["retain"], linewidth=0.8, ls="--", label="chosen")
