@@ -72,10 +72,10 @@ def test_the_demo_s_located_neurons_raise_the_nll_of_capitals_alone(demo):
     forget, others, prose = rows["to forget"], rows["other relations"], rows["plain prose"]
     assert len(demo[1]["to forget"]) == 8 and forget["right"]["before"] == others["right"]["before"] == 100
     assert forget["nll"]["pruned"] > forget["nll"]["before"] + RISE > forget["nll"]["random"]
-    assert min(others["right"].values()) > 90 and prose["nll"]["pruned"] - prose["nll"]["before"] < 0.05
+    assert others["right"]["pruned"] > 90 and prose["nll"]["pruned"] - prose["nll"]["before"] < 0.05
 
 
-@pytest.mark.xfail(strict=True, reason="as neurons are chosen so far, every capital is still answered")
+@pytest.mark.xfail(strict=True, reason="the neurons that do no harm leave four of five prompts answered")
 def test_the_demo_forgets_capitals(demo):
     right = next(row["right"] for row in demo[1]["rows"] if row["name"] == "to forget")
     assert right["pruned"] <= 50 < 90 <= right["random"]

@@ -36,12 +36,12 @@ from mipfast.scoring.search import locate
 log = logging.getLogger("mipfast")
 
 # how neurons are chosen
-LOCATE: dict[str, Any] = {"search": "pointwise", "positions": "last_prompt", "residuals": "none"}
+LOCATE: dict[str, Any] = {"search": "one-pass", "positions": "prompt", "residuals": "none"}
 AGGREGATE: Aggregate = "snr"
 MAX_DAMAGE = 0.01  # nats of the NLL of what is to be kept
 # what is asked
 FORGET = ("capital", 8)  # where the file does not say what to forget
-KEPT = 8  # known facts of every other relation: half of them scored, half of them judged
+KEPT = 15  # known facts of every other relation: a third each to score, to judge by, and for the table
 RANDOM_SEEDS = range(3)
 BATCH = 16
 SHOWN = {"neighbours": 3, "others": 4}  # continuations beside those of what is forgotten
@@ -56,7 +56,8 @@ class Answer(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """forget and scored are located on; judged says how many neurons are harmless; groups are the table's."""
+    """forget and scored are located on; judged says how many neurons are harmless; groups are the table's, where of
+    other relations none was scored or judged."""
 
     forget: list[Record]
     scored: list[Record]
@@ -78,8 +79,8 @@ def run(folder: Path, facts: Facts, out: Path, progress: bool = True) -> dict[st
         every = [text for known in facts.relations.values() for fact in known for text in fact.scored]
         before = ask(model, encoder, every, progress)
         chosen = choose(facts, before)
-        judged = list(dict.fromkeys(text for texts in chosen.groups.values() for text in texts))
-        before |= ask(model, encoder, [text for text in judged if text not in before], progress)
+        asked = list(dict.fromkeys(text for texts in chosen.groups.values() for text in texts))
+        before |= ask(model, encoder, [text for text in asked if text not in before], progress)
         shown = _shown(chosen)
         continued = {"before": _continuations(model, encoder, shown)}
     log.info("%d prompts to forget, %d scored, %d judged", *map(len, chosen[:3]))
@@ -95,7 +96,7 @@ def run(folder: Path, facts: Facts, out: Path, progress: bool = True) -> dict[st
     answers = {"before": [before]}
     sites = find_sites(model)
     with _timed("ask the pruned model", seconds), prune(model, path):
-        answers["pruned"] = [ask(model, encoder, judged, progress)]
+        answers["pruned"] = [ask(model, encoder, asked, progress)]
         continued["pruned"] = _continuations(model, encoder, shown)
         save_model(model, folder, out / "model")
     with _timed("ask with random neurons pruned", seconds):
@@ -103,7 +104,7 @@ def run(folder: Path, facts: Facts, out: Path, progress: bool = True) -> dict[st
         answers["random"] = []
         for control in controls:
             with prune(model, control):
-                answers["random"].append(ask(model, encoder, judged, progress))
+                answers["random"].append(ask(model, encoder, asked, progress))
                 if control is controls[0]:
                     continued["random"] = _continuations(model, encoder, shown)
     results = {
@@ -140,15 +141,15 @@ def choose(facts: Facts, before: dict[Record, Answer]) -> Chosen:
     for name, subjects in wanted.items():
         if unknown := set(subjects) - {fact.subject for fact in there[name]}:
             log.warning("the model does not know the %s of %s; left out", name, ", ".join(sorted(unknown)))
-    forget, neighbours, scored, groups = [], [], [], {}
+    forget, neighbours, scored, judged, groups = [], [], [], [], {}
     for name, some in there.items():
         if name in wanted:
             forget += [fact for fact in some if fact.subject in wanted[name]]
             neighbours += [fact for fact in some if fact.subject not in wanted[name]]
         else:
-            scored += [known(fact.scored)[0] for fact in some[:KEPT:2]]
-            groups[name] = [known(fact.scored)[0] for fact in some[1:KEPT:2]]
-    judged = [text for texts in groups.values() for text in texts]
+            parts = ([text for fact in some[i:KEPT:3] for text in known(fact.scored)] for i in range(3))
+            for own, texts in zip((scored, judged, groups.setdefault(name, [])), parts, strict=True):
+                own += texts
     if not (forget and scored and judged):
         raise InputError(
             f"the model knows {len(forget)} of the facts to forget, and of other relations {len(scored)} to score and "
@@ -159,7 +160,7 @@ def choose(facts: Facts, before: dict[Record, Answer]) -> Chosen:
         "to forget, held-out wordings": _held_out(forget),
         "same relation": [text for fact in neighbours for text in known(fact.scored)],
         "same relation, held-out wordings": _held_out(neighbours),
-        "other relations": judged,
+        "other relations": [text for texts in groups.values() for text in texts],
         **groups,
         "plain prose": facts.prose,
     }
@@ -204,7 +205,7 @@ def _shown(chosen: Chosen) -> list[Record]:
     return [
         *reversed(firsts.values()),
         *_spread(neighbours, SHOWN["neighbours"]),
-        *_spread(chosen.judged, SHOWN["others"]),
+        *_spread(chosen.groups["other relations"], SHOWN["others"]),
     ]
 
 
