@@ -141,7 +141,8 @@ def choose(facts: Facts, before: dict[Record, Answer]) -> Chosen:
     for name, subjects in wanted.items():
         if unknown := set(subjects) - {fact.subject for fact in there[name]}:
             log.warning("the model does not know the %s of %s; left out", name, ", ".join(sorted(unknown)))
-    forget, neighbours, scored, judged, groups = [], [], [], [], {}
+    forget, neighbours, scored, judged = list[Fact](), list[Fact](), list[Record](), list[Record]()
+    groups: dict[str, list[Record]] = {}
     for name, some in there.items():
         if name in wanted:
             forget += [fact for fact in some if fact.subject in wanted[name]]
@@ -149,7 +150,7 @@ def choose(facts: Facts, before: dict[Record, Answer]) -> Chosen:
         else:
             parts = ([text for fact in some[i:KEPT:3] for text in known(fact.scored)] for i in range(3))
             for own, texts in zip((scored, judged, groups.setdefault(name, [])), parts, strict=True):
-                own += texts
+                own.extend(texts)
     if not (forget and scored and judged):
         raise InputError(
             f"the model knows {len(forget)} of the facts to forget, and of other relations {len(scored)} to score and "

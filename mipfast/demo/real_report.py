@@ -23,8 +23,8 @@ LIMITS = (
     "One model and one set of facts, not a protocol: other facts and other models may answer otherwise.",
     "Of the first wordings only prompts that the model answers are asked, so that before is 100 by choice; held-out "
     "wordings are asked of the same facts whether it answers them or not.",
-    "What stands in this table had no part in any choice, but for the first line: the same relation, held-out wordings and "
-    "prose were not scored, and of the other relations other facts were.",
+    "What stands in this table had no part in any choice, but for the first line: the same relation, held-out wordings "
+    "and prose were not scored, and of the other relations other facts were.",
     "Pruned, not trained: whether training brings the facts back was not asked.",
 )
 
